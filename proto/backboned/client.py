@@ -1,0 +1,303 @@
+"""A light Python client of a Backboned daemon: it needs grpcio and protobuf, and nothing else.
+
+    from backboned.client import Client
+
+    with Client("127.0.0.1:8001") as client:
+        job = client.fine_tune("flowers", "mobilenet_v2", "/photos/flowers", max_epochs=10)
+        job = client.wait(job.id)
+        reply = client.predict("flowers", ["rose.jpg"], top_k=3)
+        print(reply.version, reply.predictions[0].classes[0].label)
+
+Methods take plain values and return the messages of `backboned.v1`, which are the stable API. They raise
+`ClientError`. A client may be shared between threads.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+
+from backboned._client_images import Image, batches, read, several
+from backboned._client_status import ClientError
+from backboned.v1 import model_service_pb2 as pb
+from backboned.v1.model_service_pb2_grpc import ModelServiceStub
+
+__all__ = ["DEFAULT_ADDRESS", "FINAL_STATES", "Client", "ClientError", "TrainingOptions"]
+
+DEFAULT_ADDRESS = "127.0.0.1:8001"
+MAX_MESSAGE_BYTES = 64 * 2**20
+FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
+
+_IDEMPOTENT = (
+    "FineTune",  # by its request_id
+    "GetJob",
+    "ListJobs",
+    "CancelJob",
+    "ListCheckpoints",
+    "Predict",
+    "ListBackbones",
+    "ListModels",
+    "GetModel",
+)
+_Reply = TypeVar("_Reply")
+
+
+class TrainingOptions(TypedDict, total=False):
+    """The fields of `backboned.v1.TrainingOptions`, which says what each means; an absent one takes its default."""
+
+    task: str
+    trainable_stages: Sequence[str]
+    max_epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    patience: int
+    validation_fraction: float
+    seed: int
+    views: int
+    warm_start_version: int
+
+
+class Client:
+    """A connection to the daemon at `address` (`host:port`), made when it is first used.
+
+    `timeout_seconds` bounds each call, its retries included; streams have no deadline. `max_message_bytes` bounds a
+    message in either direction and should not be above the daemon's own limit. Calls that are safe to repeat are
+    retried, a few times within about a second, while the daemon is unavailable or full.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_seconds: float = 60.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.address = address
+        self._timeout_seconds = timeout_seconds
+        self._max_message_bytes = max_message_bytes
+        self._channel = grpc.insecure_channel(address, options=_channel_options(max_message_bytes))
+        self._stub = ModelServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection and every call that is under way."""
+        self._channel.close()
+
+    def predict(
+        self,
+        model: str,
+        images: Image | Iterable[Image],
+        *,
+        version: int | None = None,
+        alias: str | None = None,
+        top_k: int = 0,
+        labels: Sequence[str] = (),
+        return_embedding: bool = False,
+    ) -> pb.PredictResponse:
+        """Classify up to 256 images, given as a file's bytes or as paths, in one call.
+
+        `version` or `alias` choose who answers (neither: what serves by default); `top_k` 0 returns every class;
+        `labels` are the true classes, if known, and feed the daemon's serving loss.
+        """
+        request = _question(model, version, alias, top_k, return_embedding)
+        request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
+        request.labels.extend(labels)
+        return self._call(self._stub.Predict, request)
+
+    def predict_stream(
+        self,
+        model: str,
+        images: Iterable[Image],
+        *,
+        version: int | None = None,
+        alias: str | None = None,
+        top_k: int = 0,
+        labels: Iterable[str] = (),
+        return_embedding: bool = False,
+        batch_size: int = 16,
+    ) -> Iterator[pb.PredictResponse]:
+        """Classify any number of images over one stream; yields a reply for every `batch_size` images, in order.
+
+        `images` and `labels` are read as the daemon keeps up, so they may be generators. The first error ends it.
+        """
+        question = _question(model, version, alias, top_k, return_embedding)
+        failures: list[ClientError] = []
+
+        def requests() -> Iterator[pb.PredictRequest]:
+            try:
+                for held, known in batches(several(images), labels, batch_size, self._max_message_bytes // 2):
+                    request = pb.PredictRequest(images=[pb.Image(encoded=data) for data in held], labels=known)
+                    request.MergeFrom(question)
+                    yield request
+            except ClientError as error:  # gRPC would hide what its sending thread raised
+                failures.append(error)
+                raise
+
+        call = self._stub.PredictStream(requests())
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise (failures[0] if failures else ClientError.of(error, self.address)) from None
+        finally:
+            call.cancel()
+
+    def fine_tune(
+        self,
+        model: str,
+        backbone: str,
+        dataset: str | os.PathLike[str],
+        *,
+        request_id: str | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> pb.Job:
+        """Start a job that trains the next version of `model`; returns at once.
+
+        `dataset` is a folder on the daemon's machine, sent as it is (so make a relative path absolute, unless it is
+        meant relative to the daemon's data root). `request_id` defaults to a new UUID: one call, one job, however often
+        it is retried.
+        """
+        if unknown := set(options) - set(TrainingOptions.__annotations__):
+            raise TypeError(
+                f"no training options: {', '.join(unknown)}; known: {', '.join(TrainingOptions.__annotations__)}"
+            )
+        request = pb.FineTuneRequest(
+            model=model,
+            backbone=backbone,
+            dataset=os.fspath(dataset),
+            request_id=str(uuid.uuid4()) if request_id is None else request_id,
+            options=pb.TrainingOptions(**options),  # type: ignore[arg-type]  # a task may be given by its name
+        )
+        return self._call(self._stub.FineTune, request)
+
+    def watch(self, job_id: str, after_sequence: int = 0, *, reconnect_seconds: float = 60.0) -> Iterator[pb.JobEvent]:
+        """A job's events, from the first or after `after_sequence`, until it ends; each comes once and in order.
+
+        When the daemon goes away, as in a restart, this waits up to `reconnect_seconds` for it and goes on.
+        """
+        give_up_at = 0.0
+        while True:
+            call = self._stub.WatchJob(pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence))
+            try:
+                for event in call:
+                    yield event
+                    if event.state in FINAL_STATES:
+                        return
+                    after_sequence, give_up_at = event.sequence, 0.0
+                if self.get_job(job_id).state in FINAL_STATES:
+                    return
+            except grpc.RpcError as error:
+                failure = ClientError.of(error, self.address)
+                lost = failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+                give_up_at = give_up_at or time.monotonic() + reconnect_seconds
+                if not lost or not after_sequence or time.monotonic() > give_up_at:
+                    raise failure from None
+            finally:
+                call.cancel()
+            time.sleep(0.2)
+
+    def wait(self, job_id: str, *, reconnect_seconds: float = 60.0) -> pb.Job:
+        """Wait until a job has ended, well or not, and return it; its `state` and `error` say how."""
+        for _ in self.watch(job_id, reconnect_seconds=reconnect_seconds):
+            pass
+        return self.get_job(job_id)
+
+    def get_job(self, job_id: str) -> pb.Job:
+        """One job."""
+        return self._call(self._stub.GetJob, pb.GetJobRequest(job_id=job_id))
+
+    def cancel_job(self, job_id: str) -> pb.Job:
+        """Ask a job to stop. Checkpoints that it has finished are kept."""
+        return self._call(self._stub.CancelJob, pb.CancelJobRequest(job_id=job_id))
+
+    def list_jobs(self, *, model: str = "", filter: str = "", page_size: int = 0) -> Iterator[pb.Job]:
+        """All jobs, newest first; pages are fetched as they are needed."""
+        request = pb.ListJobsRequest(model=model, filter=filter, page_size=page_size)
+        for page in self._pages(self._stub.ListJobs, request):
+            yield from page.jobs
+
+    def list_checkpoints(
+        self, *, model: str = "", filter: str = "", order_by: str = "", page_size: int = 0
+    ) -> Iterator[pb.Checkpoint]:
+        """All checkpoints that match `filter`, in `order_by`; pages are fetched as they are needed."""
+        request = pb.ListCheckpointsRequest(model=model, filter=filter, order_by=order_by, page_size=page_size)
+        for page in self._pages(self._stub.ListCheckpoints, request):
+            yield from page.checkpoints
+
+    def list_models(self, *, page_size: int = 0) -> Iterator[pb.Model]:
+        """All models, by name; pages are fetched as they are needed."""
+        for page in self._pages(self._stub.ListModels, pb.ListModelsRequest(page_size=page_size)):
+            yield from page.models
+
+    def get_model(self, model: str) -> pb.Model:
+        """One model, with its versions and aliases."""
+        return self._call(self._stub.GetModel, pb.GetModelRequest(model=model))
+
+    def list_backbones(self) -> pb.ListBackbonesResponse:
+        """The backbones that can be used, and the plugins that are broken."""
+        return self._call(self._stub.ListBackbones, pb.ListBackbonesRequest())
+
+    def set_alias(self, model: str, alias: str, version: int, *, expected_version: int | None = None) -> pb.Model:
+        """Point `alias` to `version`; with `expected_version`, only if it points there now (0: nowhere)."""
+        request = pb.SetAliasRequest(model=model, alias=alias, version=version, expected_version=expected_version)
+        return self._call(self._stub.SetAlias, request)
+
+    def delete_alias(self, model: str, alias: str, *, expected_version: int | None = None) -> pb.Model:
+        """Remove `alias`; with `expected_version`, only if it points there now."""
+        request = pb.DeleteAliasRequest(model=model, alias=alias, expected_version=expected_version)
+        return self._call(self._stub.DeleteAlias, request)
+
+    def _call(self, method: Callable[..., _Reply], request: object) -> _Reply:
+        try:
+            return method(request, timeout=self._timeout_seconds)
+        except grpc.RpcError as error:
+            raise ClientError.of(error, self.address) from None
+
+    def _pages(self, method: Callable[..., _Reply], request: object) -> Iterator[_Reply]:
+        while True:
+            page = self._call(method, request)
+            yield page
+            token = page.next_page_token  # type: ignore[attr-defined]  # every List…Response has one
+            if not token:
+                return
+            request.page_token = token  # type: ignore[attr-defined]  # and every List…Request
+
+
+def _channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
+    policy = {
+        "name": [{"service": "backboned.v1.ModelService", "method": method} for method in _IDEMPOTENT],
+        "retryPolicy": {
+            "maxAttempts": 5,
+            "initialBackoff": "0.1s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        },
+    }
+    return [
+        ("grpc.service_config", json.dumps({"methodConfig": [policy]})),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),  # larger requests than this are never retried
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+
+
+def _question(
+    model: str, version: int | None, alias: str | None, top_k: int, return_embedding: bool
+) -> pb.PredictRequest:
+    """A request without its images."""
+    if version is not None and alias is not None:
+        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "give a version or an alias, not both", "version")
+    target: dict[str, Any] = {"version": version} if version is not None else {"alias": alias}
+    return pb.PredictRequest(model=model, top_k=top_k, return_embedding=return_embedding, **target)

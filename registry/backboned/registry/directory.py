@@ -1,0 +1,146 @@
+"""The checkpoint directory: what lies where, and what is there now.
+
+    <root>/<model>/<version>/manifest.json, epoch-0001.pt …    versions
+    <root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backboned.registry.errors import BackbonedError
+from backboned.registry.manifest import MANIFEST_NAME, check_name
+from backboned.registry.payload import SUFFIXES
+from backboned.registry.sidecar import sidecar_paths
+
+MAX_VERSION = 2**62
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What changes when a file does: size in bytes, modification time in nanoseconds, inode and change time."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Signature | None":
+        """The signature of the file at `path`; None if there is none."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A dropped file, with its own signature and that of what stands beside it."""
+
+    model: str
+    path: Path
+    signature: Signature
+    beside: tuple[Signature | None, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What changes with its content, also over a restart: sizes and modification times."""
+        return " ".join(f"{s.size_bytes}@{s.mtime_ns}" if s else "-" for s in (self.signature, *self.beside))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one look at the directory found. `refused` has paths that can't be used as they are, with the reason."""
+
+    versions: dict[tuple[str, int], Signature] = field(default_factory=dict)
+    drops: dict[Path, Drop] = field(default_factory=dict)
+    refused: dict[Path, str] = field(default_factory=dict)
+
+
+class CheckpointDirectory:
+    """Paths in a checkpoint directory, and looks at it. Holds no state; safe to use from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def version(self, model: str, version: int) -> Path:
+        """The folder of a version."""
+        return self.root / model / str(version)
+
+    def reserve(self, model: str) -> int:
+        """Make the folder of the model's next version, and return its number. No two callers get the same one."""
+        folder = self.root / check_name(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        version = max(self.versions(model), default=0)
+        while True:
+            version += 1
+            try:
+                (folder / str(version)).mkdir()
+            except FileExistsError:
+                continue
+            return version
+
+    def versions(self, model: str) -> list[int]:
+        """The numbers that are taken, whole or not, ascending."""
+        try:
+            names = os.listdir(self.root / model)
+        except OSError:
+            return []
+        return sorted(v for v in map(_version, names) if v is not None)
+
+    def scan(self) -> Seen:
+        """Look at everything that could be served, at names and signatures only. Raises `OSError` if there's no root.
+
+        Names that begin with a dot are passed over. A link that leads out of the directory is refused.
+        """
+        seen = Seen()
+        real_root = self.root.resolve()
+        for folder in _entries(self.root):
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            for entry in _entries(Path(folder.path)):
+                self._look(seen, folder.name, entry, real_root)
+        return seen
+
+    def _look(self, seen: Seen, model: str, entry: "os.DirEntry[str]", real_root: Path) -> None:
+        path = Path(entry.path)
+        version = _version(entry.name)
+        if entry.name.startswith(".") or (version is None and path.suffix not in SUFFIXES):
+            return
+        if not path.resolve().is_relative_to(real_root):
+            seen.refused[path] = "it is a link that leads out of the checkpoint directory"
+            return
+        try:
+            check_name(model)
+        except BackbonedError as error:
+            seen.refused[path] = error.message
+            return
+        if version is not None:
+            signature = Signature.of(path / MANIFEST_NAME)
+            if signature is not None:
+                seen.versions[model, version] = signature
+        elif path.is_file() and (signature := Signature.of(path)) is not None:
+            beside = tuple(Signature.of(p) for p in sidecar_paths(path))
+            seen.drops[path] = Drop(model, path, signature, beside)
+        elif not path.exists():
+            seen.refused[path] = "it is a link to nothing"
+        else:
+            seen.refused[path] = "it is not a file"
+
+
+def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from sorted(entries, key=lambda e: e.name)
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.parent.exists():
+            raise
+
+
+def _version(name: str) -> int | None:
+    if not (name.isascii() and name.isdigit()) or name.startswith("0"):
+        return None
+    return int(name) if len(name) < 20 and int(name) < MAX_VERSION else None

@@ -1,0 +1,173 @@
+"""What a checkpoint file holds, read without running anything that is in it.
+
+Loading is `torch.load(weights_only=True)` or safetensors, always, with no fallback. A file that is altered, truncated
+or something else altogether is told from one that is whole.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from backboned.registry.errors import BackbonedError, ErrorKind
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+"""Names of checkpoint files end so."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Tensors by key, and what was beside them: a backbone's name, class names, an epoch, a loss, our own metadata.
+
+    `classes` is whatever stood under `classes` or `class_to_idx`, not yet looked at.
+    """
+
+    tensors: Mapping[str, Tensor]
+    backbone: str | None = None
+    classes: Any = None
+    epoch: int | None = None
+    loss: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class IncompleteFile(BackbonedError):
+    """A file that isn't whole: truncated, altered, or still being written. Waiting may mend it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorKind.DATA_LOSS, message)
+
+
+def refused(message: str) -> BackbonedError:
+    """The error for a file that can't be used, and won't be until someone changes it."""
+    return BackbonedError(ErrorKind.DATA_LOSS, message)
+
+
+def read_payload(path: Path, *, verified: bool = False) -> Payload:
+    """Read a `.pt`, `.pth` or `.safetensors` file. Raises `BackbonedError` `DATA_LOSS` with the reason and the remedy.
+
+    Checks that archive members match their CRC (unless the file is `verified` by a digest already), that nothing but
+    tensors and plain values is in the file, and that every tensor is a plain, finite one that its bytes really hold.
+    """
+    payload = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, verified)
+    if not payload.tensors:
+        raise refused("it holds no tensors: save model.state_dict()")
+    for key, tensor in payload.tensors.items():
+        _check_tensor(key, tensor)
+    return payload
+
+
+def _read_safetensors(path: Path) -> Payload:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Cloned: safetensors maps the file, and a mapped file that someone truncates would end the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it has no __iter__
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IncompleteFile(f"not a whole safetensors file: {_line(error)}") from error
+    return Payload(tensors, backbone=metadata.get("backbone"))
+
+
+def _read_torch(path: Path, verified: bool) -> Payload:
+    with ThreadPoolExecutor(1) as aside:  # checksums and tensors are read side by side: both let go of the GIL
+        check = aside.submit(_is_archive if verified else _check_archive, path)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            check.result()
+            raise _unsafe(error) from error
+        except Exception as error:  # torch.load raises nearly anything on malformed bytes
+            message = f"not a checkpoint that can be read: {_line(error)}"
+            raise (refused(message) if check.result() else IncompleteFile(message)) from error
+        check.result()
+    return _unwrap(content)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file looks like an archive, as torch writes since 1.6."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise IncompleteFile("the file is empty")
+    return start[:2] == b"PK"
+
+
+def _check_archive(path: Path) -> bool:
+    """Check the members of an archive. False for a file that is none."""
+    if not _is_archive(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise refused("its archive is compressed, which torch.save never does")
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+                raise refused("this is a TorchScript program, not weights: save model.state_dict() instead")
+            if len(set(names)) != len(names):
+                raise refused("its archive has two members of one name")
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise IncompleteFile(f"the file is truncated or altered: {_line(error)}") from error
+    if broken is not None:
+        raise IncompleteFile(f"the file is altered: {broken!r} in it doesn't match its checksum")
+    return True
+
+
+def _unsafe(error: pickle.UnpicklingError) -> BackbonedError:
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"(?:class|type|function) ([\w.]+)", str(error))
+    if found is None:
+        return refused(f"not a checkpoint that can be read: {_line(error)}")
+    return refused(
+        f"it holds a pickled object ({found.group(1)}), not just tensors, and loading it could run any code; it looks "
+        "like torch.save(model): save the weights instead, torch.save(model.state_dict(), 'model.pt')"
+    )
+
+
+def _unwrap(content: Any) -> Payload:
+    if not isinstance(content, Mapping):
+        raise refused(f"it holds a {type(content).__name__}, not a state_dict: save model.state_dict()")
+    wrapped = next((k for k in ("model_state_dict", "state_dict") if isinstance(content.get(k), Mapping)), None)
+    state = content[wrapped] if wrapped else content
+    beside: Mapping[str, Any] = content if wrapped else {k: v for k, v in content.items() if isinstance(v, str)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and isinstance(key, str):
+            tensors[key] = value.detach()
+        elif wrapped or not isinstance(value, str):
+            raise refused(f"its state_dict has {str(key)[:80]!r}, a {type(value).__name__}, where tensors are expected")
+    backbone, epoch, loss = beside.get("backbone"), beside.get("epoch"), beside.get("loss")
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        loss = loss.item()
+    metadata = beside.get("backboned")
+    return Payload(
+        tensors,
+        backbone=backbone if isinstance(backbone, str) else None,
+        classes=next((content[k] for k in ("classes", "class_to_idx") if wrapped and k in content), None),
+        epoch=epoch if isinstance(epoch, int) and 0 <= epoch < 2**31 else None,
+        loss=float(loss) if isinstance(loss, int | float) else None,
+        metadata=cast("Mapping[str, Any]", metadata) if isinstance(metadata, Mapping) else {},
+    )
+
+
+def _check_tensor(key: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+        raise refused(f"{key!r} is a {tensor.layout} {tensor.dtype} tensor; only plain dense ones can be served")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise refused(f"{key!r} claims to be {list(tensor.shape)}, which its bytes don't hold")
+    # A sum that is finite has only finite terms, and costs a fifth of looking at each.
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise refused(f"{key!r} has values that are not finite (NaN or infinity): the training diverged")
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:200] or type(error).__name__).rstrip(".")

@@ -1,0 +1,83 @@
+"""What a person writes beside a dropped file: class names, and whatever its tensors can't tell."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backboned.registry.backbone import Preprocessing
+from backboned.registry.errors import BackbonedError
+from backboned.registry.payload import refused
+from backboned.registry.task import Task
+
+MAX_SIDECAR_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What stands beside a file; None for what doesn't."""
+
+    classes: tuple[str, ...] | None = None
+    backbone: str | None = None
+    task: Task | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def sidecar_paths(checkpoint: Path) -> list[Path]:
+    """Where to look, first match first: `model.pt.json`, `model.json`, `model.txt`, `classes.json`, `classes.txt`."""
+    folder, stem = checkpoint.parent, checkpoint.stem
+    names = (f"{checkpoint.name}.json", f"{stem}.json", f"{stem}.txt", "classes.json", "classes.txt")
+    return [folder / name for name in names]
+
+
+def read_sidecar(checkpoint: Path) -> Sidecar:
+    """What stands beside `checkpoint`. Raises `BackbonedError` if it can't be understood.
+
+    A text file has a class name a line. A JSON file has a list of names, or `{"classes": …, "backbone": …, "task": …,
+    "preprocessing": …}` with any of these, or names with their indices in either direction.
+    """
+    path = next((p for p in sidecar_paths(checkpoint) if p.is_file()), None)
+    if path is None:
+        return Sidecar()
+    try:
+        if path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise ValueError(f"larger than {MAX_SIDECAR_BYTES} bytes")
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            return Sidecar(classes=tuple(line.strip() for line in text.splitlines() if line.strip()))
+        return _parse(json.loads(text))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, BackbonedError) as error:
+        raise refused(f"{path.name} beside it can't be used: {error}") from error
+
+
+def _parse(content: Any) -> Sidecar:
+    if not isinstance(content, Mapping):
+        return Sidecar(classes=parse_classes(content))
+    if not content.keys() & {"classes", "class_to_idx", "backbone", "task", "preprocessing"}:
+        return Sidecar(classes=parse_classes(content))
+    classes = content.get("classes", content.get("class_to_idx"))
+    task, preprocessing = content.get("task"), content.get("preprocessing")
+    return Sidecar(
+        classes=None if classes is None else parse_classes(classes),
+        backbone=content.get("backbone"),
+        task=None if task is None else Task(str(task).lower().removeprefix("task_")),
+        preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+    )
+
+
+def parse_classes(content: Any) -> tuple[str, ...]:
+    """Class names in order, from a list, `{"daisy": 0, …}` or `{"0": "daisy", …}`. Raises `ValueError`."""
+    if isinstance(content, list | tuple):
+        if not all(isinstance(name, str) for name in content):
+            raise ValueError("class names must be strings")
+        return tuple(content)
+    if isinstance(content, Mapping):
+        if all(isinstance(v, int) for v in content.values()):
+            by_index = {v: str(k) for k, v in content.items()}
+        else:
+            by_index = {int(k): str(v) for k, v in content.items()}
+        if sorted(by_index) != list(range(len(content))):
+            raise ValueError(f"class indices must be 0…{len(content) - 1}, each once")
+        return tuple(by_index[i] for i in range(len(content)))
+    raise ValueError(f"expected class names, got a {type(content).__name__}")

@@ -1,0 +1,212 @@
+"""A version of a model: written by a trainer, adopted from a dropped file, read for serving."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backboned.registry.atomic import TEMPORARY_PREFIX, sync_folder, write_atomically
+from backboned.registry.backbone import Backbone
+from backboned.registry.digest import file_digest
+from backboned.registry.directory import CheckpointDirectory, Drop
+from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
+from backboned.registry.payload import Payload, read_payload, refused
+from backboned.registry.recognise import Recognised, Recogniser
+from backboned.registry.sidecar import Sidecar, parse_classes, read_sidecar
+from backboned.registry.task import class_names
+from backboned.registry.weights import StageWeights, WeightStore
+
+
+@dataclass(frozen=True)
+class VersionWeights:
+    """A version in memory: its manifest, its backbone, and the weights of every stage of the chain, in order."""
+
+    manifest: Manifest
+    backbone: Backbone
+    stages: Mapping[str, StageWeights]
+    shared: tuple[str, ...]
+
+
+class VersionWriter:
+    """Writes a version epoch by epoch into its folder: the checkpoint first, the manifest last. For one thread."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self.manifest = manifest
+
+    def write(
+        self,
+        epoch: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        stages: Mapping[str, str],
+        optimizer_state: Mapping[str, Any],
+        loss: float,
+        metrics: EpochMetrics,
+        best: bool,
+    ) -> Epoch:
+        """Write `epoch-NNNN.pt` and then the manifest. `stages` has the digests of the whole chain at this epoch."""
+        name = f"epoch-{epoch:04d}.pt"
+        content = {
+            "epoch": epoch,
+            "model_state_dict": {k: t.detach().cpu().clone() for k, t in tensors.items()},
+            "optimizer_state_dict": optimizer_state,
+            "loss": float(loss),
+            "backbone": self.manifest.backbone,
+            "backboned": {
+                "model": self.manifest.model,
+                "version": self.manifest.version,
+                "task": self.manifest.task.value,
+                "classes": list(self.manifest.classes),
+                "stages": dict(stages),
+                "preprocessing": self.manifest.preprocessing.to_dict(),
+            },
+        }
+        path = self._folder / name
+        write_atomically(path, lambda file: torch.save(content, file))
+        record = Epoch(epoch, name, file_digest(path), path.stat().st_size, time.time(), metrics)
+        self.manifest = self.manifest.with_epoch(record, best=best, stages=stages)
+        self.manifest.write(self._folder)
+        return record
+
+    def complete(self) -> None:
+        """Say in the manifest that the version has ended well."""
+        self.manifest = replace(self.manifest, complete=True)
+        self.manifest.write(self._folder)
+
+
+class VersionReader:
+    """Reads versions and adopts dropped files. For one thread at a time."""
+
+    def __init__(self, directory: CheckpointDirectory, recogniser: Recogniser, weights: WeightStore) -> None:
+        self._directory = directory
+        self._recogniser = recogniser
+        self._weights = weights
+
+    def read(self, manifest: Manifest, epoch: int | None = None) -> VersionWeights:
+        """The weights of a version's best epoch, or of `epoch`.
+
+        Raises `BackbonedError`: `DATA_LOSS` if the file isn't what the manifest says, `FAILED_PRECONDITION` if the
+        backbone's weights aren't to be had, `NOT_FOUND` if no plugin offers the backbone.
+        """
+        record = manifest.best if epoch is None else next(e for e in manifest.epochs if e.epoch == epoch)
+        path = self._directory.version(manifest.model, manifest.version) / record.file
+        try:
+            if path.stat().st_size != record.size_bytes or file_digest(path) != record.sha256:
+                raise refused(f"{record.file} is truncated or altered: it doesn't match the sha256 in the manifest")
+            payload = read_payload(path, verified=True)
+        except OSError as error:
+            raise refused(f"{record.file} can't be read: {error.strerror}") from error
+        found = self._recogniser.recognise(payload, manifest.backbone)
+        if found.outputs != manifest.task.outputs(len(manifest.classes)):
+            raise refused(f"{record.file} has {found.outputs} outputs for {len(manifest.classes)} classes")
+        expected = manifest.stages if record.epoch == manifest.best_epoch else payload.metadata.get("stages", {})
+        stages = self._assemble(found, expected)
+        shared = found.missing or self._shared(found, stages)
+        return VersionWeights(manifest, found.backbone, stages, shared)
+
+    def adopt(self, drop: Drop, previous: Manifest | None = None) -> VersionWeights | None:
+        """Make a dropped file the model's next version: a private copy of it, checked, with a manifest.
+
+        Returns None if it says nothing new against `previous`, which was adopted under the same name. Raises
+        `BackbonedError` with the reason if it can't be used, and `OSError` if it can't be copied; then nothing is left
+        behind.
+        """
+        folder = drop.path.parent
+        copy = folder / f"{TEMPORARY_PREFIX}{time.time_ns():x}{drop.path.suffix}"
+        try:
+            shutil.copyfile(drop.path, copy)
+            with ThreadPoolExecutor(1) as aside:
+                sha256 = aside.submit(file_digest, copy)
+                payload, sidecar = read_payload(copy), read_sidecar(drop.path)
+                found = self._recogniser.recognise(payload, sidecar.backbone)
+                stages = self._assemble(found, {})
+            manifest = _manifest(drop, payload, sidecar, found, stages)
+            best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
+            manifest = replace(manifest, epochs=(best,))
+            if previous is not None and _same(manifest, previous):
+                return None
+            manifest = replace(manifest, version=self._directory.reserve(drop.model))
+            target = self._directory.version(drop.model, manifest.version)
+            copy.replace(target / best.file)
+            sync_folder(target)
+        finally:
+            copy.unlink(missing_ok=True)
+        manifest.write(target)
+        return VersionWeights(manifest, found.backbone, stages, found.missing or self._shared(found, stages))
+
+    def _assemble(self, found: Recognised, expected: Mapping[str, str]) -> dict[str, StageWeights]:
+        """The weights of all stages: the file's own, and for the missing ones those of the backbone."""
+        stages: dict[str, StageWeights] = {}
+        base = self._weights.stages(found.backbone.name) if found.missing else {}
+        for stage in found.backbone.chain:
+            own = stage.name in found.stages
+            weights = StageWeights.of(found.stages[stage.name]) if own else base[stage.name]
+            digest = expected.get(stage.name, weights.digest)
+            if weights.digest != digest:
+                whose = "its file has" if own else f"the weights of {found.backbone.name} given here have"
+                remedy = "" if own else "; start the daemon with the weights that it was trained on"
+                raise refused(
+                    f"it stands on a stage {stage.name!r} with digest {digest[:12]}…, but {whose} "
+                    f"{weights.digest[:12]}…{remedy}"
+                )
+            stages[stage.name] = weights
+        return stages
+
+    def _shared(self, found: Recognised, stages: Mapping[str, StageWeights]) -> tuple[str, ...]:
+        """The stages that are those of the backbone's own weights, as far as these are at hand."""
+        base = self._weights.loaded(found.backbone.name)
+        return tuple(n for n, w in stages.items() if n in base and base[n].digest == w.digest)
+
+
+def _manifest(
+    drop: Drop, payload: Payload, sidecar: Sidecar, found: Recognised, stages: Mapping[str, StageWeights]
+) -> Manifest:
+    """The manifest of a dropped file, all but its version, digest and size."""
+    task, classes = class_names(_names(payload, sidecar), found.outputs, sidecar.task)
+    epoch = payload.epoch or 0
+    name = f"epoch-{epoch:04d}{drop.path.suffix}"
+    record = Epoch(epoch, name, "", 0, time.time(), EpochMetrics(train_loss=payload.loss))
+    return Manifest(
+        model=drop.model,
+        version=0,
+        backbone=found.backbone.name,
+        task=task,
+        classes=classes,
+        stages={name: weights.digest for name, weights in stages.items()},
+        preprocessing=sidecar.preprocessing or found.backbone.preprocessing,
+        epochs=(record,),
+        best_epoch=epoch,
+        complete=True,
+        trained=tuple(found.stages),
+        adopted_from=drop.path.name,
+        adopted_key=drop.key,
+        versions=library_versions(),
+    )
+
+
+def _same(new: Manifest, old: Manifest) -> bool:
+    """Whether two adopted manifests say the same of the same bytes."""
+    told = (new.best.sha256, new.task, new.classes, new.preprocessing, new.backbone)
+    return told == (old.best.sha256, old.task, old.classes, old.preprocessing, old.backbone)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of torch and of this package, for the manifest."""
+    return {"torch": str(torch.__version__), "backboned": distribution_version("backboned")}
+
+
+def _names(payload: Payload, sidecar: Sidecar) -> tuple[str, ...] | None:
+    if sidecar.classes is not None or payload.classes is None:
+        return sidecar.classes
+    try:
+        return parse_classes(payload.classes)
+    except (ValueError, TypeError) as error:
+        raise refused(f"its class names can't be used: {error}") from error

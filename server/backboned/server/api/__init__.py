@@ -1,0 +1,1 @@
+"""The gRPC room: proto to plain values and back, and nothing else."""

@@ -1,0 +1,77 @@
+"""Checkpoints and models: rows and snapshots to messages, and what may be filtered and ordered by."""
+
+from collections.abc import Mapping
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.manifest import EpochMetrics
+from backboned.registry.query import Field
+from backboned.registry.task import Task
+from backboned.server.serving.listing import CheckpointRow, version_rows
+from backboned.server.serving.snapshot import KnownModel, KnownVersion
+from backboned.v1 import model_service_pb2 as pb
+
+TASKS = {
+    Task.SINGLE_LABEL: pb.TASK_SINGLE_LABEL,
+    Task.BINARY: pb.TASK_BINARY,
+    Task.MULTI_LABEL: pb.TASK_MULTI_LABEL,
+}
+
+
+def timestamp(unix_seconds: float | None) -> Timestamp | None:
+    """A timestamp message; None for what hasn't happened."""
+    if unix_seconds is None:
+        return None
+    message = Timestamp()
+    message.FromNanoseconds(round(unix_seconds * 1e9))
+    return message
+
+
+def checkpoint_message(row: CheckpointRow) -> pb.Checkpoint:
+    """A row as a message."""
+    m: EpochMetrics = row.metrics
+    return pb.Checkpoint(
+        model=row.model,
+        version=row.version,
+        epoch=row.epoch,
+        uri=row.path.absolute().as_uri(),
+        backbone=row.backbone,
+        task=TASKS[row.task] if row.task else pb.TASK_UNSPECIFIED,
+        classes=row.classes,
+        train_loss=m.train_loss,
+        train_accuracy=m.train_accuracy,
+        val_loss=m.val_loss,
+        val_accuracy=m.val_accuracy,
+        sha256=row.sha256,
+        size_bytes=row.size_bytes,
+        create_time=timestamp(row.create_time or None),
+        best=row.best,
+        state=pb.CheckpointState.Value(f"CHECKPOINT_STATE_{row.state.value}"),
+        reason=row.reason,
+        aliases=row.aliases,
+    )
+
+
+def model_message(model: KnownModel, directory: CheckpointDirectory, aliases: Mapping[str, int]) -> pb.Model:
+    """A model as a message, newest version first."""
+    default = model.default
+    return pb.Model(
+        name=model.name,
+        serving_version=default.manifest.version if default else 0,
+        versions=[_version(model.versions[v], directory, aliases) for v in sorted(model.versions, reverse=True)],
+        aliases=dict(aliases),
+    )
+
+
+def _version(version: KnownVersion, directory: CheckpointDirectory, aliases: Mapping[str, int]) -> pb.ModelVersion:
+    number = version.manifest.version
+    pointing = tuple(sorted(a for a, v in aliases.items() if v == number))
+    best = next(row for row in version_rows(version, directory, pointing) if row.best)
+    return pb.ModelVersion(
+        version=number,
+        checkpoint=checkpoint_message(best),
+        complete=version.manifest.complete,
+        loaded=version.loaded is not None,
+        shared_stages=version.loaded.shared if version.loaded else (),
+    )

@@ -1,0 +1,132 @@
+"""From typed errors to gRPC status, once for all RPCs."""
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from backboned.registry.errors import BackbonedError, ErrorKind
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "backboned"
+
+_CODES = {
+    ErrorKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    ErrorKind.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorKind.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    ErrorKind.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
+    ErrorKind.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+    ErrorKind.ABORTED: grpc.StatusCode.ABORTED,
+    ErrorKind.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
+    ErrorKind.UNIMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
+    ErrorKind.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
+    ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+Handler = Callable[[Any, Any], Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what a handler raises into a status with details. Handlers raise `BackbonedError` and never abort."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the handler of one call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.response_streaming:
+            inner = handler.stream_stream or handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            wrapped: Handler = _stream(inner, method)
+        else:
+            inner = handler.stream_unary or handler.unary_unary
+            make = (
+                grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+            )
+            wrapped = _unary(inner, method)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+
+
+def status_of(error: BackbonedError) -> status_pb2.Status:
+    """The `google.rpc.Status` of an error, with its details."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.kind.name, domain=DOMAIN)]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_delay_seconds is not None:
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_delay_seconds * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=_CODES[error.kind].value[0], message=error.message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BackbonedError) -> NoReturn:
+    status = rpc_status.to_status(status_of(error))
+    metadata = list(status.trailing_metadata)
+    if error.retry_delay_seconds is not None:
+        metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_delay_seconds * 1000))))
+    await context.abort(status.code, status.details, tuple(metadata))
+
+
+def _unknown(error: Exception, method: str) -> BackbonedError:
+    reference = secrets.token_hex(4)
+    log.error("%s failed, reference %s", method, reference, exc_info=error)
+    return BackbonedError(
+        ErrorKind.INTERNAL, f"an unexpected error; the daemon's log tells more under reference {reference}"
+    )
+
+
+def _unary(inner: Handler | None, method: str) -> Handler:
+    assert inner is not None  # gRPC gives the kind of handler that it announces
+
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except BackbonedError as error:
+            await _abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, _unknown(error, method))
+
+    return call
+
+
+def _stream(inner: Handler | None, method: str) -> Handler:
+    assert inner is not None
+
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in inner(request, context):
+                yield response
+        except BackbonedError as error:
+            await _abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, _unknown(error, method))
+
+    return call

@@ -1,0 +1,186 @@
+"""`backboned finetune`: a classifier from a folder of photos, by one command."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from backboned.client import Client
+from backboned.server.commands.jobs import follow, require_success, took_seconds
+from backboned.server.commands.local_daemon import LocalDaemon, free_port, is_listening
+from backboned.server.commands.options import DEFAULT_ADDRESS, ConfigFile, Json, Server
+from backboned.server.commands.output import as_dict, console, duration, notice, print_json
+from backboned.v1 import model_service_pb2 as pb
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
+
+
+@app.command()
+def finetune(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images for each class.")],
+    *,
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model's name [default: the folder's].")] = "",
+    backbone: Annotated[str, typer.Option(metavar="NAME", help="What to stand on.")] = "resnet50",
+    task: Annotated[str, typer.Option(metavar="TASK", help="single_label, binary or multi_label.")] = "",
+    trainable_stages: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGES", help="Stages that train besides the head, or 'all'; commas, or repeatable."),
+    ] = None,
+    max_epochs: Annotated[int | None, typer.Option(metavar="N", help="At most so many epochs (default 20).")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a step (default 32).")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="X", help="Default 0.001 for the head alone, else 0.0001.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Default 0.0001.")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Stop after so many epochs without a better one (default 5; 0: never)."),
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(metavar="X", help="Images that validate, if there is no val/ (default 0.2).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes a run repeatable (default 0).")] = None,
+    views: Annotated[int | None, typer.Option(metavar="N", help="Views of each image (default 1).")] = None,
+    warm_start_version: Annotated[int | None, typer.Option(metavar="N", help="Begin from this version.")] = None,
+    request_id: Annotated[str | None, typer.Option(metavar="ID", help="The same id starts the same job once.")] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BACKBONE=FILE", help="Pretrained weights, for a daemon that this starts; repeatable."),
+    ] = None,
+    serve: Annotated[
+        bool | None,
+        typer.Option("--serve/--no-serve", help="Go on serving after training, where this started the daemon."),
+    ] = None,
+    config: ConfigFile = None,
+    server: Server = DEFAULT_ADDRESS,
+    json: Json = False,
+) -> None:
+    """Fine-tune a classifier on a folder of images, and serve it.
+
+    FOLDER has a folder a class, or train/ and val/ with a folder a class each. Where no daemon answers on this
+    machine, one is started. Ctrl-C cancels the training.
+    """
+    path = Path(folder).expanduser()
+    options = {
+        "task": _task(task),
+        "trainable_stages": [name.strip() for given in trainable_stages or [] for name in given.split(",")],
+        "max_epochs": max_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "patience": patience,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "views": views,
+        "warm_start_version": warm_start_version,
+    }
+    with contextlib.ExitStack() as stack:
+        daemon = None
+        if not is_listening(server):
+            stack.enter_context(_ended_by_signals())
+            daemon = stack.enter_context(_start_daemon(path, server, weights or [], config))
+            server = daemon.grpc
+        elif weights:
+            raise typer.BadParameter(f"the daemon at {server} runs already, with its own", param_hint="--weights")
+        client = stack.enter_context(Client(server))
+        job = client.fine_tune(
+            model or path.resolve().name,
+            backbone,
+            path.resolve() if path.is_dir() else folder,
+            request_id=request_id,
+            **_given(options),
+        )
+        job = _train(client, job, json=json)
+        goes_on = daemon is not None and (sys.stdout.isatty() and not json if serve is None else serve)
+        if not json:
+            _tell(job, server, serving=daemon is None or goes_on)
+        if daemon is not None and goes_on:
+            notice(f"serving at {daemon.grpc}, metrics at {daemon.http}/metrics, until Ctrl-C")
+            with contextlib.suppress(KeyboardInterrupt):
+                daemon.wait()
+
+
+def _train(client: Client, job: pb.Job, *, json: bool) -> pb.Job:
+    """Follow the job to its end and return it; Ctrl-C cancels it and ends the command."""
+    if json:
+        print_json({"job": as_dict(job)})
+    else:
+        notice(f"job {job.id}: version {job.version} of {job.model} on {job.request.backbone}; Ctrl-C cancels it")
+    try:
+        follow(client, job, json=json)
+    except KeyboardInterrupt:
+        notice(f"cancelling job {job.id}; checkpoints that it has finished are kept")
+        client.cancel_job(job.id)
+        client.wait(job.id)
+        raise typer.Exit(130) from None
+    job = client.get_job(job.id)
+    if json:
+        print_json({"job": as_dict(job)})
+    require_success(job)
+    return job
+
+
+def _tell(job: pb.Job, server: str, *, serving: bool) -> None:
+    best = job.best
+    console().print(
+        f"{job.model} version {job.version}: validation accuracy {best.val_accuracy:.4f} after epoch {best.epoch}, "
+        f"in {duration(took_seconds(job))}",
+        style="bold green",
+    )
+    at = "" if server == DEFAULT_ADDRESS else f" --server {server}"
+    if serving:
+        console().print(f"Ask it:  backboned predict IMAGE... --model {job.model}{at}")
+    else:
+        console().print(f"Ask it:  backboned serve, and then: backboned predict IMAGE... --model {job.model}")
+
+
+def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | None) -> LocalDaemon:
+    host, _, port = server.rpartition(":")
+    if host not in LOOPBACK or not port.isdecimal():
+        raise typer.BadParameter(f"no daemon answers at {server}", param_hint="--server")
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}", param_hint="FOLDER")
+    from backboned.server.config import load_config  # brings pydantic-settings
+
+    settings = load_config({"weights": weights} if weights else {}, config).config
+    flags = [f"--host={host.strip('[]')}", f"--grpc-port={free_port(host, int(port))}"]
+    flags += [f"--http-port={free_port(host, settings.http_port)}"]
+    flags += [f"--data-root={root}" for root in (*settings.data_root, folder.resolve())]
+    flags += [f"--weights={name}={file}" for name, file in settings.weights.items()]
+    flags += [f"--config={config}"] if config else []
+    notice(f"no daemon answers at {server}: starting one here (data in {settings.state_dir})")
+    return LocalDaemon.start(flags, settings.state_dir)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Make a hang-up or a request to stop end the command as Ctrl-C does, so that the daemon isn't left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _task(given: str) -> str | None:
+    if not given:
+        return None
+    name = "TASK_" + given.upper().replace("-", "_").removeprefix("TASK_")
+    if name not in pb.Task.keys()[1:]:
+        raise typer.BadParameter(f"expected single_label, binary or multi_label, got {given!r}", param_hint="--task")
+    return name
+
+
+def _given(options: dict[str, Any]) -> Any:
+    return {name: value for name, value in options.items() if value not in (None, [])}

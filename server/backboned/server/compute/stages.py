@@ -1,0 +1,123 @@
+"""Stages on a device, held once for each content."""
+
+import copy
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backboned.registry.backbone import Backbone, Head, Stage, prune, replace_layer
+from backboned.registry.digest import IGNORED_SUFFIX
+from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.weights import StageWeights
+from backboned.server.compute.device import Device
+
+StageKey = tuple[str, str, str]
+"""A stage's identity on a device: backbone, stage, digest of its tensors."""
+
+
+class LoadedStage:
+    """A stage's module on a device, frozen and in eval mode. Immutable; may be called from any thread."""
+
+    def __init__(self, key: StageKey, stage: Stage, module: nn.Module) -> None:
+        self.key = key
+        self._forward = stage.forward
+        self._module = module.eval().requires_grad_(False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[batch, …]` → `[batch, …]`, under the caller's `inference_mode`."""
+        return self._forward(self._module, x)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of its tensors."""
+        return sum(t.nbytes for t in self._module.state_dict().values())
+
+
+class Templates:
+    """Modules without memory, one for each stage of each backbone, to be copied and filled. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._pruned: dict[tuple[str, str], nn.Module] = {}
+        self._lock = threading.Lock()
+
+    def fill(self, backbone: Backbone, stage: Stage, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A new module that runs under `stage.forward`, and whose state_dict is made of `tensors` themselves.
+
+        A head takes as many outputs as its tensors have. Raises `BackbonedError` if tensors are missing.
+        """
+        with self._lock:
+            template = self._pruned.get((backbone.name, stage.name))
+            if template is None:
+                self._build(backbone)
+                template = self._pruned[backbone.name, stage.name]
+            module = copy.deepcopy(template)
+        if isinstance(stage, Head):
+            with torch.device("meta"):
+                replace_layer(module, stage.layer, len(tensors[stage.layer + ".weight"]))
+        counters = {k: torch.zeros((), dtype=torch.long) for k in module.state_dict() if k.endswith(IGNORED_SUFFIX)}
+        result = module.load_state_dict(counters | dict(tensors), strict=False, assign=True)
+        if result.missing_keys or result.unexpected_keys:
+            raise BackbonedError(
+                ErrorKind.INTERNAL,
+                f"stage {stage.name!r} of {backbone.name} lacks {result.missing_keys[:3]} or has "
+                f"{result.unexpected_keys[:3]} too many",
+            )
+        return module
+
+    def _build(self, backbone: Backbone) -> None:
+        whole = backbone.module(device="meta")
+        computed = {name for name, _ in whole.named_buffers()} - set(whole.state_dict())
+        if computed:  # buffers that no state_dict holds: only a real module has their values
+            real = dict(backbone.module().named_buffers())
+            for name in computed:
+                parent, _, leaf = name.rpartition(".")
+                whole.get_submodule(parent)._buffers[leaf] = real[name]
+        for stage in backbone.chain:
+            self._pruned[backbone.name, stage.name] = prune(copy.deepcopy(whole), stage)
+
+
+class StageStore:
+    """The stages that are loaded on one device. Equal stages are one object, freed with its last holder.
+
+    Thread-safe. It holds no stage itself: whoever serves does.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._templates = Templates()
+        self._loaded: weakref.WeakValueDictionary[StageKey, LoadedStage] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, backbone: Backbone, stage: Stage, weights: StageWeights) -> LoadedStage:
+        """The stage with these weights, loaded now if it isn't yet. On the CPU in fp32 it shares their memory."""
+        key = (backbone.name, stage.name, weights.digest)
+        with self._lock:
+            found = self._loaded.get(key)
+            if found is None:
+                placed = {k: self._place(t) for k, t in weights.tensors.items()}
+                found = LoadedStage(key, stage, self._templates.fill(backbone, stage, placed))
+                self._loaded[key] = found
+            return found
+
+    def path(self, backbone: Backbone, stages: Mapping[str, StageWeights]) -> tuple[LoadedStage, ...]:
+        """The whole chain of a model, the head last."""
+        return tuple(self.get(backbone, stage, stages[stage.name]) for stage in backbone.chain)
+
+    def loaded(self) -> tuple[int, int]:
+        """How many stages are loaded, and their memory in bytes."""
+        stages = list(self._loaded.values())
+        return len(stages), sum(s.size_bytes for s in stages)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        dtype = self.device.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.device.device, dtype)
+
+
+def run_path(path: Sequence[LoadedStage], x: Tensor) -> Tensor:
+    """`x` through the stages of `path`, one after another."""
+    for stage in path:
+        x = stage(x)
+    return x

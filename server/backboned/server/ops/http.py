@@ -1,0 +1,99 @@
+"""The HTTP port: metrics for Prometheus, and health for whoever starts and stops the daemon."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+NotReadyReason = Callable[[], str | None]
+"""Why the daemon isn't ready to serve, in a line, or None when it is. Called in the event loop: it must not block."""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Backboned</title>
+<style>body { font: 1rem/1.6 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem }</style>
+<h1>Backboned</h1>
+<p>One frozen backbone, a thousand fine-tuned heads. Models are trained and called over gRPC; this port tells how it
+goes.</p>
+<ul>
+<li><a href="/metrics">/metrics</a> what Prometheus scrapes</li>
+<li><a href="/healthz">/healthz</a> 200 while the process is alive</li>
+<li><a href="/readyz">/readyz</a> 200 when it can serve, 503 with the reason when it can't</li>
+</ul>
+"""
+
+
+def application(registry: CollectorRegistry, not_ready_reason: NotReadyReason) -> Starlette:
+    """The pages of the HTTP port: `/`, `/metrics`, `/healthz` and `/readyz`."""
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(await run_in_threadpool(encode, registry), media_type=content_type)
+
+    async def healthz(_: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def readyz(_: Request) -> Response:
+        reason = not_ready_reason()
+        return PlainTextResponse("ready\n") if reason is None else PlainTextResponse(f"{reason}\n", status_code=503)
+
+    async def index(_: Request) -> Response:
+        return HTMLResponse(_PAGE)
+
+    pages = {"/": index, "/metrics": metrics, "/healthz": healthz, "/readyz": readyz}
+    return Starlette(routes=[Route(path, page) for path, page in pages.items()])
+
+
+class HttpServer:
+    """Serves an application in the running event loop. It touches no signal handlers and logs no requests.
+
+    Started and stopped once, from the loop that it runs in.
+    """
+
+    def __init__(self, app: Starlette) -> None:
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Listen on `host` and `port` (0: a free one); returns the address that it got. Raises `OSError`."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=128)
+        address: tuple[str, int] = listener.getsockname()[:2]
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
+        return address
+
+    async def stop(self) -> None:
+        """Close the port; a request that is under way has a second to end."""
+        if self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+            self._serving = None
+
+
+class _Server(uvicorn.Server):
+    """A server inside a process that has its own handling of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the daemon."""
+        yield

@@ -1,0 +1,152 @@
+"""What the loader knows of the checkpoint directory, and how that becomes a snapshot. No threads, no clock."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from backboned.registry.directory import CheckpointDirectory, Seen, Signature
+from backboned.registry.errors import BackbonedError
+from backboned.registry.manifest import MANIFEST_NAME, Manifest
+from backboned.server.serving.plan import DropState, Known, KnownDrop, VersionKey
+from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedModel, RefusedFile, Snapshot, State
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Why a version isn't served; lifted when its manifest or file is no longer as it was."""
+
+    reason: str
+    manifest: Signature
+    file: Signature | None
+
+
+@dataclass
+class Library:
+    """The loader's memory. For the loader's thread only; `snapshot` gives everyone else an immutable copy."""
+
+    directory: CheckpointDirectory
+    signatures: dict[VersionKey, Signature] = field(default_factory=dict)
+    manifests: dict[VersionKey, Manifest] = field(default_factory=dict)
+    loaded: dict[VersionKey, LoadedModel] = field(default_factory=dict)
+    quarantine: dict[VersionKey, Quarantine] = field(default_factory=dict)
+    drops: dict[Path, KnownDrop] = field(default_factory=dict)
+    refused: dict[Path, str] = field(default_factory=dict)
+    loading: set[VersionKey] = field(default_factory=set)
+
+    def update(self, seen: Seen, now: float) -> None:
+        """Take in what one look found: read new manifests, note changed files, forget what is gone."""
+        self.refused = dict(seen.refused)
+        for key in self.signatures.keys() - seen.versions.keys():
+            del self.signatures[key]
+            self.manifests.pop(key, None)
+            self.quarantine.pop(key, None)
+        for key, signature in seen.versions.items():
+            if self.signatures.get(key) != signature:
+                self._read_manifest(key, signature)
+        for key, entry in list(self.quarantine.items()):
+            if entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key):
+                del self.quarantine[key]
+        self.drops = {path: self._drop(path, seen, now) for path in seen.drops}
+
+    def known(self, wanted: frozenset[VersionKey]) -> Known:
+        """What the plan needs to know."""
+        return Known(
+            manifests=self.manifests,
+            loaded={key: model.sha256 for key, model in self.loaded.items()},
+            quarantined=self.quarantine.keys(),
+            drops=self.drops,
+            wanted=wanted,
+        )
+
+    def add(self, model: LoadedModel) -> None:
+        """Take in a version that was written and loaded just now, before the next look finds it."""
+        key = (model.manifest.model, model.manifest.version)
+        signature = Signature.of(self.directory.version(*key) / MANIFEST_NAME)
+        if signature is not None:
+            self.signatures[key], self.manifests[key], self.loaded[key] = signature, model.manifest, model
+
+    def refuse(self, key: VersionKey, reason: str) -> None:
+        """Quarantine a version as it is now."""
+        self.quarantine[key] = Quarantine(reason, self.signatures[key], self._file_signature(key))
+
+    def adopted(self, model: str, name: str) -> Manifest | None:
+        """The newest version that was adopted from the file of this name."""
+        found = [m for k, m in self.manifests.items() if k[0] == model and m.adopted_from == name]
+        return max(found, key=lambda m: m.version, default=None)
+
+    def snapshot(self) -> Snapshot:
+        """An immutable copy for everyone else."""
+        models: dict[str, dict[int, KnownVersion]] = {}
+        for (model, version), manifest in self.manifests.items():
+            models.setdefault(model, {})[version] = self._version((model, version), manifest)
+        refused = [*self._refused_versions(), *self._refused_drops()]
+        refused += [RefusedFile(p.parent.name, p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
+        served = {name: KnownModel(name, MappingProxyType(versions)) for name, versions in sorted(models.items())}
+        return Snapshot(MappingProxyType(served), tuple(refused))
+
+    def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
+        self.signatures[key] = signature
+        self.quarantine.pop(key, None)
+        try:
+            self.manifests[key] = Manifest.read(self.directory.version(*key))
+        except BackbonedError as error:
+            # What serves keeps serving: a manifest that was readable before stays until it is readable again.
+            self.refuse(key, error.message)
+
+    def _file_signature(self, key: VersionKey) -> Signature | None:
+        manifest = self.manifests.get(key)
+        folder = self.directory.version(*key)
+        return Signature.of(folder / (manifest.best.file if manifest else MANIFEST_NAME))
+
+    def _drop(self, path: Path, seen: Seen, now: float) -> KnownDrop:
+        drop = seen.drops[path]
+        known = self.drops.get(path)
+        if known is not None and known.drop == drop:
+            return known
+        adopted = self.adopted(drop.model, path.name)
+        if adopted is not None and adopted.adopted_key == drop.key:
+            return KnownDrop(drop, now, DropState.ADOPTED)
+        return KnownDrop(drop, now)
+
+    def _version(self, key: VersionKey, manifest: Manifest) -> KnownVersion:
+        loaded = self.loaded.get(key)
+        entry = self.quarantine.get(key)
+        if entry is not None:
+            return KnownVersion(manifest, State.QUARANTINED, entry.reason, loaded)
+        if loaded is not None:
+            return KnownVersion(manifest, State.SERVING, loaded=loaded)
+        return KnownVersion(manifest, State.LOADING if key in self.loading else State.AVAILABLE)
+
+    def _refused_versions(self) -> list[RefusedFile]:
+        """Versions whose manifest can't be read: nothing else is known of them."""
+        return [
+            RefusedFile(key[0], self.directory.version(*key) / MANIFEST_NAME, State.QUARANTINED, entry.reason)
+            for key, entry in sorted(self.quarantine.items())
+            if key not in self.manifests
+        ]
+
+    def _refused_drops(self) -> list[RefusedFile]:
+        states = {DropState.WAITING: State.LOADING, DropState.QUARANTINED: State.QUARANTINED}
+        return [
+            RefusedFile(
+                known.drop.model,
+                path,
+                states[known.state],
+                known.reason,
+                known.drop.signature.size_bytes,
+                known.drop.signature.mtime_ns / 1e9,
+            )
+            for path, known in sorted(self.drops.items())
+            if known.state in states
+        ]
+
+
+def settled(known: KnownDrop, state: DropState, reason: str = "") -> KnownDrop:
+    """`known` after a look into it."""
+    return replace(known, state=state, reason=reason, attempts=known.attempts + 1)
+
+
+def version_numbers(models: Mapping[str, KnownModel]) -> dict[str, int]:
+    """The version that answers by default, for each model that has one."""
+    return {n: d.manifest.version for n, m in models.items() if (d := m.default) is not None}

@@ -1,0 +1,88 @@
+"""What is known and what is loaded, as one immutable value. Readers take a reference; the loader replaces it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+
+from backboned.registry.manifest import Manifest
+from backboned.server.compute.stages import LoadedStage
+
+
+class State(Enum):
+    """Where a checkpoint is in its life."""
+
+    AVAILABLE = "AVAILABLE"
+    LOADING = "LOADING"
+    SERVING = "SERVING"
+    QUARANTINED = "QUARANTINED"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One epoch of one version in memory: its path of stages, the head last.
+
+    Holding it keeps its stages alive; when the last holder lets go, what nobody else shares is freed.
+    """
+
+    manifest: Manifest
+    path: tuple[LoadedStage, ...]
+    shared: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the checkpoint file that it was loaded from."""
+        return self.manifest.best.sha256
+
+
+@dataclass(frozen=True)
+class KnownVersion:
+    """A version on disk: its manifest, and what became of it."""
+
+    manifest: Manifest
+    state: State
+    reason: str = ""
+    loaded: LoadedModel | None = None
+
+
+@dataclass(frozen=True)
+class RefusedFile:
+    """Something in the directory that can't be used, or isn't yet: `state` is QUARANTINED or LOADING."""
+
+    model: str
+    path: Path
+    state: State
+    reason: str
+    size_bytes: int = 0
+    create_time: float = 0.0
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model: its versions by number."""
+
+    name: str
+    versions: Mapping[int, KnownVersion]
+
+    @property
+    def default(self) -> LoadedModel | None:
+        """What answers when no version is asked for: the newest loaded version that is complete, else the newest."""
+        loaded = [self.versions[v].loaded for v in sorted(self.versions, reverse=True)]
+        present = [m for m in loaded if m is not None]
+        return next((m for m in present if m.manifest.complete), present[0] if present else None)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that is known at one moment."""
+
+    models: Mapping[str, KnownModel] = field(default_factory=lambda: MappingProxyType({}))
+    refused: tuple[RefusedFile, ...] = ()
+
+    def loaded(self) -> Iterator[LoadedModel]:
+        """All models in memory."""
+        for model in self.models.values():
+            for version in model.versions.values():
+                if version.loaded is not None:
+                    yield version.loaded

@@ -1,0 +1,31 @@
+"""What serving tells about itself. The metrics room implements it; so does a test."""
+
+from typing import Protocol
+
+
+class ServingTelemetry(Protocol):
+    """Called from the loader's thread, the engine's thread and the event loop; must be thread-safe and quick."""
+
+    def predict_done(self, model: str, code: str) -> None:
+        """A Predict call ended. `model` is empty for an unknown one; `code` is a status code's name."""
+
+    def predict_phase(self, phase: str, seconds: float) -> None:
+        """An image's or a call's time in `decode`, `queue`, `compute` or `total`."""
+
+    def batch(self, size: int) -> None:
+        """A batch of `size` images was computed."""
+
+    def serving_loss(self, model: str, role: str, loss: float, correct: bool) -> None:
+        """The loss of one labelled prediction, and whether it was right."""
+
+    def checkpoint_load(self, result: str, seconds: float) -> None:
+        """A checkpoint was `loaded`, `adopted`, or found to be `quarantined`."""
+
+    def serving_version(self, model: str, version: int) -> None:
+        """`version` now answers for `model` by default."""
+
+    def forget_model(self, model: str) -> None:
+        """The model is gone."""
+
+    def scanned(self, unix_seconds: float) -> None:
+        """The checkpoint directory was looked at."""

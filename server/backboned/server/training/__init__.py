@@ -1,0 +1,1 @@
+"""Fine-tuning: jobs, datasets, features of frozen stages, and the trainer in a process of its own."""

@@ -1,0 +1,48 @@
+"""What training minimises, and what it is judged by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backboned.registry.task import Task
+
+MAX_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a task, weighted so that rare classes count. Judging is unweighted: `Task.loss`.
+
+    `weights` is `[classes]`: single label, the weight of each class's images, n / (classes · count); otherwise that of
+    a positive label, negatives / positives. Both are held within 1/10…10.
+    """
+
+    task: Task
+    weights: Tensor
+
+    @classmethod
+    def balanced(cls, task: Task, targets: Tensor, num_classes: int) -> "Objective":
+        """The objective for training images with these `targets`, as of `Dataset.targets`; on their device."""
+        n = len(targets)
+        if task is Task.SINGLE_LABEL:
+            weights = n / (num_classes * torch.bincount(targets, minlength=num_classes).float())
+        else:
+            positives = targets.float().view(n, -1).sum(dim=0)
+            weights = (n - positives) / positives
+        return cls(task, weights.clamp(1 / MAX_WEIGHT, MAX_WEIGHT))
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The weighted mean loss an image: `[n, outputs]` float logits, `[n]` or `[n, classes]` target → a scalar."""
+        if self.task is Task.SINGLE_LABEL:
+            # Over the number of images, not over the sum of weights: a batch without rare images isn't inflated.
+            return (F.cross_entropy(logits, target, reduction="none") * self.weights[target]).mean()
+        target = target.view(logits.shape).float()
+        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=self.weights)
+
+    def accuracy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The part of right decisions; multi-label: the mean over classes of those at probability 0.5."""
+        if self.task is Task.SINGLE_LABEL:
+            return (logits.argmax(dim=1) == target).float().mean()
+        return ((logits > 0) == (target.view(logits.shape) > 0.5)).float().mean()

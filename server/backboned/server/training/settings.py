@@ -1,0 +1,51 @@
+"""What training needs to know of the daemon it runs in, and what it tells it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from backboned.server.training.events import JobState
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of all jobs. `work_dir` takes large temporary files, a folder a job, deleted when it ends.
+
+    `threads` compute in a trainer. Activations are kept on disk while they take `feature_budget_bytes` at most;
+    beyond that they are computed in each epoch.
+    """
+
+    work_dir: Path
+    data_roots: tuple[Path, ...] = ()
+    weight_files: Mapping[str, Path] = field(default_factory=dict)
+    plugin_modules: tuple[str, ...] = ()
+    device: str = "auto"
+    threads: int = 1
+    max_queued_jobs: int = 100
+    max_image_pixels: int = 100_000_000
+    feature_budget_bytes: int = 16 * 2**30
+
+
+class TrainingTelemetry(Protocol):
+    """Where figures go. Called from the event loop's thread."""
+
+    def training_epoch(  # noqa: PLR0917 - the figures of an epoch
+        self,
+        model: str,
+        epoch: int,
+        train_loss: float,
+        train_accuracy: float,
+        val_loss: float,
+        val_accuracy: float,
+    ) -> None:
+        """An epoch ended."""
+
+    def training_jobs(self, counts: Mapping[JobState, int]) -> None:
+        """So many jobs are in each state now."""
+
+    def job_duration(self, seconds: float) -> None:
+        """A job ended that ran so long."""
+
+    def feature_images(self, source: str, count: int) -> None:
+        """Features of `count` more images were had from `source`: `computed` or `cache`."""

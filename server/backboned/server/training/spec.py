@@ -1,0 +1,48 @@
+"""What a trainer process is told: one line of JSON on its standard input."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from backboned.server.training.options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """A job, and all that is needed to run it. Paths are absolute; `options` are as asked for.
+
+    `work_dir` is the job's own, empty and deleted afterwards. Activations are kept there while they take
+    `feature_budget_bytes` at most. `threads` is how many compute.
+    """
+
+    model: str
+    version: int
+    backbone: str
+    dataset: Path
+    data_roots: tuple[Path, ...]
+    options: TrainingOptions
+    checkpoint_dir: Path
+    work_dir: Path
+    weight_files: Mapping[str, Path]
+    plugin_modules: tuple[str, ...]
+    device: str
+    threads: int
+    max_image_pixels: int
+    feature_budget_bytes: int
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self) | {"options": self.options.to_dict()}, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainerSpec":
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        for name in ("dataset", "checkpoint_dir", "work_dir"):
+            values[name] = Path(values[name])
+        values["options"] = TrainingOptions.from_dict(values["options"])
+        values["data_roots"] = tuple(map(Path, values["data_roots"]))
+        values["weight_files"] = {name: Path(file) for name, file in values["weight_files"].items()}
+        values["plugin_modules"] = tuple(values["plugin_modules"])
+        return cls(**values)

@@ -8,7 +8,10 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.exposition import choose_encoder
 
-from backboned.server.ops.metrics import JOB_STATES, Metrics
+from backboned.server.ops.metrics import Metrics
+from backboned.server.serving.telemetry import ServingTelemetry
+from backboned.server.training.events import JobState
+from backboned.server.training.settings import TrainingTelemetry
 
 FAMILIES = {
     "training_loss": {"model", "split"},
@@ -42,13 +45,11 @@ def metrics() -> Metrics:
 @pytest.fixture
 def busy(metrics: Metrics) -> Metrics:
     """After a little of everything."""
-    metrics.training_epoch(
-        "cats", 4, train_loss=0.5, train_accuracy=0.75, validation_loss=0.25, validation_accuracy=0.875
-    )
-    metrics.training_jobs({"running": 1, "succeeded": 2})
-    metrics.training_job_ended(12.0)
-    metrics.training_features("computed", 30)
-    metrics.training_features("cache", 70)
+    metrics.training_epoch("cats", 4, train_loss=0.5, train_accuracy=0.75, val_loss=0.25, val_accuracy=0.875)
+    metrics.training_jobs({JobState.RUNNING: 1, JobState.SUCCEEDED: 2})
+    metrics.job_duration(12.0)
+    metrics.feature_images("computed", 30)
+    metrics.feature_images("cache", 70)
     metrics.predict_done("cats", "OK")
     metrics.predict_done("", "NOT_FOUND")
     metrics.predict_phase("total", 0.02)
@@ -60,7 +61,7 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.serving_version("cats", 3)
     metrics.checkpoint_load("loaded", 0.1)
     metrics.scanned(1_700_000_000.0)
-    metrics.stages(6, 94_000_000)
+    metrics.watch_stages(lambda: (6, 94_000_000))
     return metrics
 
 
@@ -72,6 +73,14 @@ def test_every_promised_metric_is_there_with_its_labels(busy: Metrics) -> None:
             if sample.name.startswith("backboned_"):
                 found[name] = set(sample.labels) - {"le"}
     assert found == FAMILIES
+
+
+def test_serving_and_training_can_tell_it_what_they_have_to_tell(metrics: Metrics) -> None:
+    serving: ServingTelemetry = metrics
+    training: TrainingTelemetry = metrics
+    serving.batch(3)
+    training.job_duration(1.0)
+    assert metrics.registry.get_sample_value("backboned_predict_batch_size_sum") == 3
 
 
 def test_every_metric_has_a_help_text(busy: Metrics) -> None:
@@ -107,10 +116,9 @@ def test_what_happened_can_be_read(busy: Metrics, line: str) -> None:
 
 
 def test_job_states_that_are_not_told_count_zero_again(busy: Metrics) -> None:
-    busy.training_jobs({"failed": 1})
-    counts = {
-        state: busy.registry.get_sample_value("backboned_training_jobs", {"state": state}) for state in JOB_STATES
-    }
+    busy.training_jobs({JobState.FAILED: 1})
+    states = ("queued", "running", "succeeded", "failed", "cancelled")
+    counts = {state: busy.registry.get_sample_value("backboned_training_jobs", {"state": state}) for state in states}
     assert counts == {"queued": 0, "running": 0, "succeeded": 0, "failed": 1, "cancelled": 0}
 
 

@@ -89,7 +89,7 @@ def test_a_job_tells_what_it_does_and_writes_a_version_that_can_be_read(
     written = [e for e in run.events if isinstance(e, CheckpointWritten)]
     assert [(e.file, e.sha256) for e in written] == [(e.file, e.sha256) for e in run.manifest.epochs]
     assert run.best.val_loss == min(e.val_loss for e in run.epochs)
-    assert read(run).shared == ("stem", "layer1", "layer2", "layer3", "pool")
+    assert read(run).shared == ("stem", "layer1", "layer2", "layer3")
 
 
 def test_a_head_alone_takes_kilobytes(colours: Path, make_spec: MakeSpec) -> None:
@@ -133,11 +133,11 @@ def test_only_what_trains_changes_statistics_included(
 def test_every_task_beats_the_majority(tmp_path: Path, paint: Paint, make_spec: MakeSpec) -> None:
     imbalanced = paint(tmp_path / "data" / "imbalanced", {"red": 60, "green": 6, "blue": 6})
     single = Run(make_spec(imbalanced, learning_rate=1e-2))
-    assert single.best.val_accuracy > 0.95 > 60 / 72
+    assert single.best.val_accuracy > 0.95  # always "red" would be right in 5/6
     pair = paint(tmp_path / "data" / "pair", {"red": 40, "green": 10})
     binary = Run(make_spec(pair, task=Task.BINARY, learning_rate=1e-2))
     assert binary.tensors()["fc.weight"].shape[0] == 1
-    assert binary.best.val_accuracy > 0.95 > 0.8
+    assert binary.best.val_accuracy > 0.95  # always "red" would be right in 4/5
 
 
 def test_several_labels_are_told_apart(tmp_path: Path, paint: Paint, make_spec: MakeSpec) -> None:
@@ -151,15 +151,23 @@ def test_several_labels_are_told_apart(tmp_path: Path, paint: Paint, make_spec: 
 
 
 def test_it_stops_when_nothing_gets_better(colours: Path, make_spec: MakeSpec) -> None:
-    run = Run(make_spec(colours, max_epochs=500, patience=3, learning_rate=0.1))
-    assert len(run.epochs) < 500
+    run = Run(make_spec(colours, max_epochs=200, patience=3, learning_rate=0.5))
+    assert len(run.epochs) < 200
     assert len(run.epochs) - run.manifest.best_epoch == 3
     assert run.manifest.complete
 
 
-def test_a_diverging_training_says_to_lower_the_rate(colours: Path, make_spec: MakeSpec) -> None:
-    with pytest.raises(BackbonedError, match="lower learning_rate") as caught:
-        Run(make_spec(colours, trainable_stages=("all",), learning_rate=10, max_epochs=200, patience=0))
+def test_a_loss_that_is_not_finite_says_to_lower_the_rate(
+    colours: Path, make_spec: MakeSpec, weights_file: Path, tmp_path: Path
+) -> None:
+    state = torch.load(weights_file, weights_only=True)
+    for key in state:
+        if key.startswith("layer") and key.endswith("weight"):
+            state[key] *= 1e19
+    torch.save(state, tmp_path / "huge.pth")
+    spec = replace(make_spec(colours, learning_rate=0.5), weight_files={"digits": tmp_path / "huge.pth"})
+    with pytest.raises(BackbonedError, match=r"diverged with learning_rate 0.5; lower learning_rate") as caught:
+        Run(spec)
     assert caught.value.field == "options.learning_rate"
 
 
@@ -191,8 +199,7 @@ def test_a_warm_start_goes_on_from_a_version_and_keeps_the_rows_of_known_classes
 ) -> None:
     first = Run(make_spec(colours, max_epochs=5, trainable_stages=("layer3",), learning_rate=1e-2))
     more = paint(tmp_path / "data" / "more", {"red": 12, "blue": 12, "yellow": 12})
-    tiny = dict(max_epochs=1, learning_rate=1e-9, seed=1, warm_start_version=1)
-    second = Run(make_spec(more, **tiny))
+    second = Run(make_spec(more, max_epochs=1, learning_rate=1e-9, seed=1, warm_start_version=1))
     assert second.manifest.trained == ("layer3", "head")
     assert second.manifest.classes == ("blue", "red", "yellow")
     before, after = first.tensors(first.manifest.best_epoch), second.tensors()

@@ -24,7 +24,8 @@ def stage_digest(tensors: Mapping[str, Tensor]) -> str:
             tensor = tensor.float()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.contiguous().view(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

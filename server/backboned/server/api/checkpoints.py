@@ -1,6 +1,7 @@
 """Checkpoints and models: rows and snapshots to messages, and what may be filtered and ordered by."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -9,7 +10,7 @@ from backboned.registry.manifest import EpochMetrics
 from backboned.registry.query import Field
 from backboned.registry.task import Task
 from backboned.server.serving.listing import CheckpointRow, version_rows
-from backboned.server.serving.snapshot import KnownModel, KnownVersion
+from backboned.server.serving.snapshot import KnownModel, KnownVersion, State
 from backboned.v1 import model_service_pb2 as pb
 
 TASKS = {
@@ -75,3 +76,27 @@ def _version(version: KnownVersion, directory: CheckpointDirectory, aliases: Map
         loaded=version.loaded is not None,
         shared_stages=version.loaded.shared if version.loaded else (),
     )
+
+
+def checkpoint_fields() -> list[Field[CheckpointRow]]:
+    """What checkpoints may be filtered and ordered by."""
+    return [
+        Field("model", "string", lambda r: r.model),
+        Field("version", "number", lambda r: r.version),
+        Field("epoch", "number", lambda r: r.epoch),
+        Field("uri", "string", lambda r: r.path.absolute().as_uri()),
+        Field("backbone", "string", lambda r: r.backbone),
+        Field("task", "enum", lambda r: r.task.name if r.task else None, tuple(t.name for t in Task), "TASK_"),
+        Field("classes", "strings", lambda r: r.classes),
+        Field("train_loss", "number", lambda r: r.metrics.train_loss),
+        Field("train_accuracy", "number", lambda r: r.metrics.train_accuracy),
+        Field("val_loss", "number", lambda r: r.metrics.val_loss),
+        Field("val_accuracy", "number", lambda r: r.metrics.val_accuracy),
+        Field("sha256", "string", lambda r: r.sha256),
+        Field("size_bytes", "number", lambda r: r.size_bytes),
+        Field("create_time", "time", lambda r: datetime.fromtimestamp(r.create_time, UTC) if r.create_time else None),
+        Field("best", "boolean", lambda r: r.best),
+        Field("state", "enum", lambda r: r.state.value, tuple(s.value for s in State), "CHECKPOINT_STATE_"),
+        Field("reason", "string", lambda r: r.reason),
+        Field("aliases", "strings", lambda r: r.aliases),
+    ]

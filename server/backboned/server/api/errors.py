@@ -34,7 +34,7 @@ _CODES = {
 }
 
 Handler = Callable[[Any, Any], Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -42,7 +42,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -62,7 +62,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
             )
             wrapped = _unary(inner, method)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
 
 def status_of(error: BackbonedError) -> status_pb2.Status:

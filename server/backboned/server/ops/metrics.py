@@ -14,9 +14,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from backboned.server.training.events import JobState
+
+from backboned.server.training.events import JobState
+
 PREFIX = "backboned"
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
-JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 _CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LOAD_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _JOB_SECONDS = (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400)
@@ -53,35 +56,34 @@ class Metrics:
 
     # Training
 
-    def training_epoch(
+    def training_epoch(  # noqa: PLR0917 - the figures of an epoch
         self,
         model: str,
         epoch: int,
-        *,
         train_loss: float,
         train_accuracy: float,
-        validation_loss: float,
-        validation_accuracy: float,
+        val_loss: float,
+        val_accuracy: float,
     ) -> None:
         """An epoch of the model's newest job ended. Losses are means an image, accuracies are 0…1."""
         self._training_epoch.labels(model).set(epoch)
         self._training_loss.labels(model, "train").set(train_loss)
-        self._training_loss.labels(model, "val").set(validation_loss)
+        self._training_loss.labels(model, "val").set(val_loss)
         self._training_accuracy.labels(model, "train").set(train_accuracy)
-        self._training_accuracy.labels(model, "val").set(validation_accuracy)
+        self._training_accuracy.labels(model, "val").set(val_accuracy)
 
-    def training_jobs(self, counts: Mapping[str, int]) -> None:
-        """How many jobs are in each state (`JOB_STATES`); a state that is absent counts 0."""
-        for state in JOB_STATES:
-            self._training_jobs.labels(state).set(counts.get(state, 0))
+    def training_jobs(self, counts: Mapping[JobState, int]) -> None:
+        """How many jobs are in each state; a state that is absent counts 0."""
+        for state in JobState:
+            self._training_jobs.labels(state.value).set(counts.get(state, 0))
 
-    def training_job_ended(self, seconds: float) -> None:
+    def job_duration(self, seconds: float) -> None:
         """A job's trainer ended, `seconds` after it started."""
         self._training_job_duration.observe(seconds)
 
-    def training_features(self, source: str, images: int) -> None:
-        """Features of so many more `images` were `computed`, or found in the `cache`: that is the `source`."""
-        self._training_feature_images.labels(source).inc(images)
+    def feature_images(self, source: str, count: int) -> None:
+        """Features of so many more images were `computed`, or found in the `cache`: that is the `source`."""
+        self._training_feature_images.labels(source).inc(count)
 
     # Serving
 
@@ -113,10 +115,10 @@ class Metrics:
         """`version` answers for `model` from now on."""
         self._serving_version.labels(model).set(version)
 
-    def stages(self, loaded: int, size_bytes: int) -> None:
-        """So many distinct stages are in memory, with tensors of `size_bytes` in all."""
-        self._stages_loaded.set(loaded)
-        self._stage_memory.set(size_bytes)
+    def watch_stages(self, loaded: Callable[[], tuple[int, int]]) -> None:
+        """Ask `loaded` for the number of distinct stages in memory, and their bytes, whenever metrics are scraped."""
+        self._stages_loaded.set_function(lambda: loaded()[0])
+        self._stage_memory.set_function(lambda: loaded()[1])
 
     # Checkpoints
 

@@ -150,8 +150,8 @@ class JobStore:
     def counts(self) -> dict[JobState, int]:
         """How many jobs are in each state."""
         with Session(self._engine) as session:
-            found = session.execute(select(_JobRow.state, func.count()).group_by(_JobRow.state)).tuples()
-            return dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in found}
+            found = session.execute(select(_JobRow.state, func.count()).group_by(_JobRow.state)).all()
+            return dict.fromkeys(JobState, 0) | {JobState(row[0]): row[1] for row in found}
 
     def append(self, job_id: str, payload: JobEventPayload) -> None:
         """Add an event; a new state changes the job too, unless it has ended."""

@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from backboned.registry.errors import BackbonedError, ErrorKind
@@ -16,6 +16,9 @@ from backboned.server.training.features import Features
 from backboned.server.training.network import Network
 from backboned.server.training.objective import Objective
 from backboned.server.training.options import TrainingOptions
+
+HEAD_FACTOR = 10
+"""The head is new: where pretrained stages train too, it learns so many times faster than they."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Trainer:
         self._network = network
         self._objective = objective
         self._options = options
-        parameters = network.parameters()
+        rate = options.learning_rate
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+            *_groups(network.head, rate * HEAD_FACTOR if network.body else rate, options.weight_decay),
+            *_groups(network.body, rate, options.weight_decay),
         ]
-        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
+        self._optimizer = torch.optim.AdamW(groups)
 
     @property
     def optimizer_state(self) -> dict[str, Any]:
@@ -126,6 +129,16 @@ class Trainer:
         steps = math.ceil(images / self._options.batch_size) * self._options.max_epochs
         warm_up = max(1, steps // 20)
         return lambda step: min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def _groups(parameters: Sequence[nn.Parameter], rate: float, weight_decay: float) -> Iterator[dict[str, Any]]:
+    """Parameter groups: biases and norms don't decay."""
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    if matrices:
+        yield {"params": matrices, "lr": rate, "weight_decay": weight_decay}
+    if vectors:
+        yield {"params": vectors, "lr": rate, "weight_decay": 0.0}
 
 
 class _Mean:

@@ -52,9 +52,15 @@ class Network:
         for part in self._parts:
             part.module.train(mode and part.trains)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer changes."""
-        return [p for part in self._parts for p in part.module.parameters() if p.requires_grad]
+    @property
+    def head(self) -> list[nn.Parameter]:
+        """What the optimizer changes in the head."""
+        return [p for p in self._parts[-1].module.parameters() if p.requires_grad]
+
+    @property
+    def body(self) -> list[nn.Parameter]:
+        """What the optimizer changes below the head."""
+        return [p for part in self._parts[:-1] for p in part.module.parameters() if p.requires_grad]
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Names of the stages that train, with their tensors as they are now."""

@@ -29,9 +29,9 @@ class TrainingOptions:
     """How to train a version. The defaults are the documented ones; `validated` checks the ranges.
 
     `trainable_stages` train besides the head: names, or `all`. `learning_rate` None means 1e-3 for the head alone and
-    1e-4 when stages train too. `patience` is in epochs, and 0 never stops early. `views` is how many views of each
-    image train: the first as it is served, the others fixed random crops. `warm_start_version` is a version of the same
-    model to begin from.
+    1e-4 when stages train too; the head then learns ten times as fast as they. `patience` is in epochs, and 0 never
+    stops early. `views` is how many views of each image train: the first as it is served, the others fixed random
+    crops. `warm_start_version` is a version of the same model to begin from.
     """
 
     task: Task = Task.SINGLE_LABEL

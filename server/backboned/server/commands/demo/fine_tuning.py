@@ -12,7 +12,7 @@ from backboned.server.commands.jobs import took_seconds
 from backboned.v1 import model_service_pb2 as pb
 
 MODEL = "digits-5-to-9"
-LEARNING_RATE = 0.03
+LEARNING_RATE = 0.01
 IMAGES_A_CALL = 32
 SERVING_SECONDS = 60.0
 

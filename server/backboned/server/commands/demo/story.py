@@ -20,7 +20,7 @@ from backboned.server.commands.output import console, duration, table
 
 IMAGES_A_CLASS = 3
 PRETRAINING_EPOCHS = 20
-BUDGET = Budget(epochs=10, batch_size=8)
+BUDGET = Budget(epochs=12, batch_size=8)
 SEEDS = (0, 1, 2)
 SCRATCH_LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 SHOWN_METRICS = (

@@ -1,0 +1,240 @@
+"""The servicer: each RPC asks one thing of the rooms below, and translates."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from backboned.registry.backbone import Backbone
+from backboned.registry.catalogue import Catalogue
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.errors import BackbonedError, invalid, not_found
+from backboned.registry.query import paginate, parse_filter, parse_order
+from backboned.registry.weights import WeightStore
+from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message, model_message
+from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_fields, job_message, to_options
+from backboned.server.api.not_yet import NotYet
+from backboned.server.api.predictions import to_call, to_response
+from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
+from backboned.server.serving.loader import Loader
+from backboned.server.serving.predictor import Predictor
+from backboned.server.serving.snapshot import KnownModel
+from backboned.server.training.supervisor import JobSupervisor
+from backboned.v1 import model_service_pb2 as pb
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_LOOK_SECONDS = 5.0
+_STREAM_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the servicer asks."""
+
+    catalogue: Catalogue
+    weights: WeightStore
+    directory: CheckpointDirectory
+    loader: Loader
+    aliases: Aliases
+    predictor: Predictor
+    jobs: JobSupervisor
+
+
+class ModelService(NotYet):
+    """`backboned.v1.ModelService`."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+
+    async def FineTune(self, request: pb.FineTuneRequest, context: Context) -> pb.Job:
+        """Start a job."""
+        if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
+            raise invalid(f"request_id is longer than {MAX_REQUEST_ID_LENGTH} characters", field="request_id")
+        job = await self._rooms.jobs.submit(
+            model=request.model,
+            backbone=request.backbone,
+            dataset=request.dataset,
+            options=to_options(request.options),
+            request_id=request.request_id,
+        )
+        return job_message(job, self._rooms.loader.snapshot, self._rooms.directory)
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.Job:
+        """One job."""
+        job = await self._rooms.jobs.get(request.job_id)
+        return job_message(job, self._rooms.loader.snapshot, self._rooms.directory)
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+        """Jobs, newest first."""
+        matches = parse_filter(request.filter, job_fields())
+        jobs = [j for j in await self._rooms.jobs.list_jobs(request.model or None) if matches(j)]
+        page = paginate(
+            jobs,
+            request.page_size,
+            request.page_token,
+            identity=lambda j: j.id,
+            query=(request.model, request.filter),
+            default=50,
+        )
+        snapshot, directory = self._rooms.loader.snapshot, self._rooms.directory
+        return pb.ListJobsResponse(
+            jobs=[job_message(j, snapshot, directory) for j in page.items], next_page_token=page.next_page_token
+        )
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.JobEvent]:
+        """A job's events until it ends."""
+        job = await self._rooms.jobs.get(request.job_id)
+        async for event in self._rooms.jobs.watch(request.job_id, request.after_sequence):
+            yield event_message(event, job, self._rooms.directory)
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.Job:
+        """Stop a job."""
+        job = await self._rooms.jobs.cancel(request.job_id)
+        return job_message(job, self._rooms.loader.snapshot, self._rooms.directory)
+
+    async def ListCheckpoints(
+        self, request: pb.ListCheckpointsRequest, context: Context
+    ) -> pb.ListCheckpointsResponse:
+        """Checkpoints, page by page."""
+        fields = checkpoint_fields()
+        matches = parse_filter(request.filter, fields)
+        order = parse_order(request.order_by, fields, default="model, version desc, epoch desc")
+        rows = await self._rows(request.model)
+        page = paginate(
+            order.sort(row for row in rows if matches(row)),
+            request.page_size,
+            request.page_token,
+            identity=lambda row: str(row.path),
+            query=(request.model, request.filter, request.order_by),
+        )
+        return pb.ListCheckpointsResponse(
+            checkpoints=[checkpoint_message(row) for row in page.items],
+            next_page_token=page.next_page_token,
+            total_size=page.total,
+        )
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Classify images."""
+        return to_response(await self._rooms.predictor.predict(to_call(request)))
+
+    async def PredictStream(
+        self, requests: AsyncIterator[pb.PredictRequest], context: Context
+    ) -> AsyncIterator[pb.PredictResponse]:
+        """Classify image after image; a few requests are under way at once, and answers keep their order."""
+        running: asyncio.Queue[asyncio.Task[pb.PredictResponse] | None] = asyncio.Queue(_STREAM_WINDOW)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await running.put(asyncio.create_task(self.Predict(request, context)))
+            finally:
+                await running.put(None)
+
+        reader = asyncio.create_task(read())
+        index = 0
+        try:
+            while (task := await running.get()) is not None:
+                try:
+                    yield await task
+                except BackbonedError as error:
+                    raise BackbonedError(
+                        error.kind,
+                        f"request {index} of the stream: {error.message}",
+                        field=error.field,
+                        retry_delay_seconds=error.retry_delay_seconds,
+                    ) from error
+                index += 1
+            await reader
+        finally:
+            reader.cancel()
+            while not running.empty():
+                if (rest := running.get_nowait()) is not None:
+                    rest.cancel()
+
+    async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Context) -> pb.ListBackbonesResponse:
+        """The backbones, and the broken plugins."""
+        catalogue = self._rooms.catalogue
+        return pb.ListBackbonesResponse(
+            backbones=[self._backbone(b) for b in catalogue],
+            broken=[pb.BrokenPlugin(name=b.name, origin=b.origin, reason=b.reason) for b in catalogue.broken],
+            families=[f.prefix for f in catalogue.families],
+        )
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """Models by name."""
+        models = list(self._rooms.loader.snapshot.models.values())
+        page = paginate(models, request.page_size, request.page_token, identity=lambda m: m.name)
+        return pb.ListModelsResponse(
+            models=[self._message(m) for m in page.items], next_page_token=page.next_page_token
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
+        """One model."""
+        return self._message(await self._model(request.model))
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.Model:
+        """Point an alias."""
+        model = await self._model(request.model)
+        if request.version not in model.versions:
+            known = [str(v) for v in model.versions]
+            raise not_found(f"version of {model.name}", str(request.version), known, field="version")
+        expected = request.expected_version if request.HasField("expected_version") else None
+        await asyncio.to_thread(self._rooms.aliases.set, model.name, request.alias, request.version, expected)
+        self._rooms.loader.hint()
+        return self._message(model)
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.Model:
+        """Remove an alias."""
+        model = await self._model(request.model)
+        expected = request.expected_version if request.HasField("expected_version") else None
+        await asyncio.to_thread(self._rooms.aliases.delete, model.name, request.alias, expected)
+        self._rooms.loader.hint()
+        return self._message(model)
+
+    async def _model(self, name: str) -> KnownModel:
+        """The model called `name`; looks at the directory once more before saying no."""
+        found = self._rooms.loader.snapshot.models.get(name)
+        if found is None:
+            await self._look()
+            models = self._rooms.loader.snapshot.models
+            found = models.get(name)
+            if found is None:
+                raise not_found("model", name, models, field="model")
+        return found
+
+    async def _rows(self, model: str) -> list[CheckpointRow]:
+        def read() -> list[CheckpointRow]:
+            rooms = self._rooms
+            return checkpoint_rows(rooms.loader.snapshot, rooms.directory, rooms.aliases.all(), model)
+
+        rows = read()
+        if model and not rows:
+            await self._look()
+            if not (rows := read()):
+                known = self._rooms.loader.snapshot.models
+                if model not in known and not self._rooms.directory.versions(model):
+                    raise not_found("model", model, known, field="model")
+        return rows
+
+    async def _look(self) -> None:
+        future = asyncio.wrap_future(self._rooms.loader.refresh())
+        await asyncio.wait([future], timeout=_LOOK_SECONDS)
+        future.cancel()
+
+    def _message(self, model: KnownModel) -> pb.Model:
+        return model_message(model, self._rooms.directory, self._rooms.aliases.of(model.name))
+
+    def _backbone(self, backbone: Backbone) -> pb.Backbone:
+        return pb.Backbone(
+            name=backbone.name,
+            description=backbone.description,
+            stages=backbone.stage_names,
+            feature_size=backbone.feature_size,
+            input_size=backbone.preprocessing.crop_size,
+            origin=self._rooms.catalogue.origin(backbone.name),
+            weights=self._rooms.weights.source(backbone.name),
+        )

@@ -1,0 +1,180 @@
+"""The daemon: where its parts are made and put together, started in order, and stopped in the opposite one."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from importlib.metadata import version as distribution_version
+
+import torch
+from sqlalchemy import Engine as Database
+
+from backboned.registry.atomic import write_atomically
+from backboned.registry.catalogue import Catalogue, load_plugin_module
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.weights import WeightStore
+from backboned.server.api.server import GrpcServer
+from backboned.server.api.service import ModelService, Rooms
+from backboned.server.compute.device import Device
+from backboned.server.compute.stages import StageStore
+from backboned.server.config import Config
+from backboned.server.database import open_database
+from backboned.server.ops.http import HttpServer, application
+from backboned.server.ops.metrics import Metrics
+from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.engine import Engine
+from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.predictor import Predictor
+from backboned.server.training.jobs import JobStore
+from backboned.server.training.settings import TrainingSettings
+from backboned.server.training.supervisor import JobSupervisor
+
+log = logging.getLogger(__name__)
+
+DATABASE_NAME = "backboned.sqlite"
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, then stop cleanly. Raises `BackbonedError` or `OSError` if it can't start."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("watchdog").setLevel(logging.WARNING)
+    asyncio.run(_serve(config))
+
+
+def load_catalogue(modules: tuple[str, ...]) -> Catalogue:
+    """The installed plugins, and those in further `modules`. Raises `BackbonedError` if one of these can't be used."""
+    catalogue = Catalogue.from_entry_points()
+    for name in modules:
+        catalogue.add(load_plugin_module(name), name)
+    for broken in catalogue.broken:
+        log.warning("plugin %s from %s is broken: %s", broken.name, broken.origin, broken.reason)
+    return catalogue
+
+
+class Daemon:
+    """All parts of a daemon, wired. Made and used in one event loop."""
+
+    def __init__(self, config: Config, database: Database) -> None:
+        self._config = config
+        device = Device.choose(config.device, config.precision)
+        self.metrics = Metrics(
+            version=distribution_version("backboned"), torch_version=torch.__version__, device=str(device)
+        )
+        catalogue = load_catalogue(config.plugin)
+        for name in config.weights:
+            catalogue.get(name)  # a misspelt name must not wait for the first FineTune
+        directory = CheckpointDirectory(config.checkpoint_dir.absolute())
+        weights = WeightStore(catalogue, config.weights)
+        self._stages = StageStore(device)
+        aliases = Aliases(database)
+        self.loader = Loader(
+            directory,
+            catalogue,
+            weights,
+            self._stages,
+            self.metrics,
+            LoaderSettings(
+                config.scan_interval_seconds, config.settle_seconds, config.max_loaded_versions, config.watch
+            ),
+            aliases.all,
+        )
+        self.engine = Engine(device, self.metrics, max_batch_size=config.max_batch_size)
+        self.predictor = Predictor(
+            self.loader,
+            aliases,
+            self.engine,
+            self.metrics,
+            decode_threads=os.cpu_count() or 1,
+            max_image_pixels=config.max_image_pixels,
+            max_queued_images=config.max_queued_images,
+            max_queued_bytes=config.max_queued_bytes,
+        )
+        self.jobs = JobSupervisor(
+            JobStore(database),
+            directory=directory,
+            catalogue=catalogue,
+            weights=weights,
+            settings=_training_settings(config),
+            telemetry=self.metrics,
+            before_success=self._see_version,
+        )
+        rooms = Rooms(catalogue, weights, directory, self.loader, aliases, self.predictor, self.jobs)
+        self.grpc = GrpcServer(ModelService(rooms), max_message_bytes=config.max_message_bytes)
+        self.metrics.watch_queue(self.engine.depth)
+        self.metrics.watch_stages(self._stages.loaded)
+        self.http = HttpServer(application(self.metrics.registry, self._not_ready))
+        self._not_ready_reason: str | None = "starting: models are being loaded"
+
+    async def start(self) -> dict[str, str]:
+        """Start all parts: health first, gRPC once the models on disk are loaded. Returns the two addresses."""
+        http_host, http_port = await self.http.start(self._config.host, self._config.http_port)
+        self.engine.start()
+        first_look = asyncio.wrap_future(self.loader.refresh())
+        self.loader.start()
+        await first_look
+        await self.jobs.start()
+        grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
+        await self.grpc.set_serving(True)
+        self._not_ready_reason = None
+        host = f"[{http_host}]" if ":" in http_host else http_host
+        return {"grpc": f"{host}:{grpc_port}", "http": f"http://{host}:{http_port}"}
+
+    async def stop(self) -> None:
+        """Say that no more is served, finish what is under way within the drain time, and stop all parts."""
+        self._not_ready_reason = "stopping"
+        await self.grpc.set_serving(False)
+        drain = self._config.drain_seconds
+        await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
+        self.predictor.close()
+        await asyncio.gather(asyncio.to_thread(self.loader.stop), asyncio.to_thread(self.engine.stop))
+        await self.http.stop()
+
+    async def _see_version(self, model: str, version: int) -> None:
+        """Wait until the loader has looked at a version that was just completed."""
+        await asyncio.wrap_future(self.loader.refresh())
+
+    def _not_ready(self) -> str | None:
+        return self._not_ready_reason or self.loader.scan_error or None
+
+
+async def _serve(config: Config) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    for folder in (config.checkpoint_dir, config.state_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        database = open_database(config.state_dir / DATABASE_NAME)
+        stack.callback(database.dispose)
+        daemon = Daemon(config, database)
+        stack.push_async_callback(daemon.stop)
+        addresses = await daemon.start()
+        if config.ready_file is not None:
+            content = json.dumps(addresses) + "\n"
+            write_atomically(config.ready_file, lambda file: file.write(content.encode()))
+            stack.callback(config.ready_file.unlink, missing_ok=True)
+        print(f"backboned is ready: gRPC on {addresses['grpc']}, HTTP on {addresses['http']}", flush=True)
+        await stopping.wait()
+        log.info("stopping: finishing what is under way")
+
+
+def _training_settings(config: Config) -> TrainingSettings:
+    threads = config.training_threads or max(1, (os.cpu_count() or 2) - 1)
+    return TrainingSettings(
+        work_dir=config.state_dir.absolute() / "work",
+        data_roots=tuple(root.absolute() for root in config.data_root),
+        weight_files={name: file.absolute() for name, file in config.weights.items()},
+        plugin_modules=config.plugin,
+        device=config.device,
+        threads=threads,
+        max_queued_jobs=config.max_queued_jobs,
+        max_image_pixels=config.max_image_pixels,
+    )
+
+

@@ -1,0 +1,261 @@
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from backboned.registry import BackbonedError, Catalogue, ErrorKind
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.manifest import Manifest
+from backboned.registry.weights import WeightStore
+from backboned.server.database import open_database
+from backboned.server.training.events import CheckpointWritten, DatasetReport, EpochDone, JobState, StateChanged
+from backboned.server.training.jobs import Job, JobEvent, JobRequest, JobStore
+from backboned.server.training.options import TrainingOptions
+from backboned.server.training.settings import TrainingSettings
+from backboned.server.training.supervisor import JobSupervisor
+
+ENDLESS = {"max_epochs": 10_000, "patience": 0, "views": 1}
+
+
+class Daemon:
+    """What surrounds a supervisor; several may follow each other on the same folders."""
+
+    def __init__(
+        self, tmp_path: Path, engine: Engine, catalogue: Catalogue, weights_file: Path, telemetry: Any
+    ) -> None:
+        self.root = tmp_path
+        self.directory = CheckpointDirectory(tmp_path / "checkpoints")
+        self.served: list[tuple[str, int, JobState]] = []
+        self._store = JobStore(engine)
+        self._telemetry = telemetry
+        self._catalogue = catalogue
+        self._files = {"digits": weights_file}
+
+    @asynccontextmanager
+    async def run(self, **settings: Any) -> AsyncIterator[JobSupervisor]:
+        supervisor = JobSupervisor(
+            self._store,
+            directory=self.directory,
+            catalogue=self._catalogue,
+            weights=WeightStore(self._catalogue, self._files),
+            settings=TrainingSettings(
+                **{
+                    "work_dir": self.root / "work",
+                    "data_roots": (self.root / "data",),
+                    "weight_files": self._files,
+                    "device": "cpu",
+                    **settings,
+                }
+            ),
+            telemetry=self._telemetry,
+            before_success=self._serve,
+        )
+        await supervisor.start()
+        try:
+            yield supervisor
+        finally:
+            await supervisor.stop(20)
+
+    async def _serve(self, model: str, version: int) -> None:
+        (job,) = self._store.jobs(model=model)
+        self.served.append((model, version, job.state))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = open_database(tmp_path / "state.sqlite")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def daemon(
+    tmp_path: Path,
+    engine: Engine,
+    catalogue: Catalogue,
+    weights_file: Path,
+    telemetry: Any,
+    paint: Callable[..., Path],
+) -> Daemon:
+    paint(tmp_path / "data" / "colours", {"red": 6, "blue": 6})
+    return Daemon(tmp_path, engine, catalogue, weights_file, telemetry)
+
+
+async def submit(supervisor: JobSupervisor, model: str = "colours", **options: Any) -> Job:
+    request_id = options.pop("request_id", "")
+    return await supervisor.submit(
+        model=model,
+        backbone=options.pop("backbone", "digits"),
+        dataset=options.pop("dataset", "colours"),
+        options=TrainingOptions(**options),
+        request_id=request_id,
+    )
+
+
+async def watch_until(supervisor: JobSupervisor, job: Job, kind: type, count: int = 1) -> None:
+    async for event in supervisor.watch(job.id):
+        count -= isinstance(event.payload, kind)
+        if count == 0:
+            return
+    pytest.fail(f"the job ended before: {await supervisor.get(job.id)}")
+
+
+async def watch_all(supervisor: JobSupervisor, job: Job, after_sequence: int = 0) -> list[JobEvent]:
+    return [event async for event in supervisor.watch(job.id, after_sequence)]
+
+
+async def test_a_job_runs_and_everyone_sees_every_event(daemon: Daemon, telemetry: Any) -> None:
+    async with daemon.run() as supervisor:
+        job = await submit(supervisor, max_epochs=2)
+        assert (job.version, job.state) == (1, JobState.QUEUED)
+        events, same = await asyncio.gather(watch_all(supervisor, job), watch_all(supervisor, job))
+        assert same == events
+        assert [e.sequence for e in events] == list(range(1, len(events) + 1))
+        states = [e.payload.state for e in events if isinstance(e.payload, StateChanged)]
+        assert states == [JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED]
+        for kind, count in ((DatasetReport, 1), (EpochDone, 2), (CheckpointWritten, 2)):
+            assert sum(isinstance(e.payload, kind) for e in events) == count
+        assert await watch_all(supervisor, job, after_sequence=4) == events[4:], "also of a job that has ended"
+        assert await watch_all(supervisor, job, after_sequence=len(events)) == []
+        assert daemon.served == [("colours", 1, JobState.RUNNING)], "served before it is said to have succeeded"
+        ended = await supervisor.get(job.id)
+        assert ended.end_time is not None
+        assert await supervisor.cancel(job.id) == ended, "cancelling what has ended changes nothing"
+    assert Manifest.read(daemon.directory.version("colours", 1)).complete
+    assert telemetry.epochs == [("colours", 1), ("colours", 2)]
+    assert telemetry.images == 2 * 10 + 2
+    assert telemetry.counts[JobState.SUCCEEDED] == 1
+    assert len(telemetry.durations) == 1
+    assert not list((daemon.root / "work").iterdir())
+
+
+async def test_a_killed_trainer_fails_its_job_and_nothing_else(daemon: Daemon) -> None:
+    async with daemon.run() as supervisor:
+        job = await submit(supervisor, **ENDLESS)
+        next_job = await submit(supervisor, model="next", max_epochs=1)
+        await watch_until(supervisor, job, CheckpointWritten)
+        os.kill(_trainer_pid(), signal.SIGKILL)
+        await watch_all(supervisor, job)
+        failed = await supervisor.get(job.id)
+        assert failed.state is JobState.FAILED
+        assert "killed by SIGKILL" in failed.error
+        assert "start it again with warm_start_version=1" in failed.error
+        await watch_all(supervisor, next_job)
+        assert (await supervisor.get(next_job.id)).state is JobState.SUCCEEDED
+
+
+async def test_cancelling_keeps_what_is_finished_and_removes_what_never_began(daemon: Daemon) -> None:
+    async with daemon.run() as supervisor:
+        job = await submit(supervisor, **ENDLESS)
+        waiting = await submit(supervisor, model="waiting")
+        assert (await supervisor.cancel(waiting.id)).state is JobState.CANCELLED
+        assert not daemon.directory.version("waiting", 1).exists()
+        await watch_until(supervisor, job, CheckpointWritten, count=2)
+        cancelled = await supervisor.cancel(job.id)
+        assert (cancelled.state, cancelled.error) == (JobState.CANCELLED, "")
+        manifest = Manifest.read(daemon.directory.version("colours", 1))
+        assert len(manifest.epochs) >= 2
+        assert not manifest.complete
+        assert (await watch_all(supervisor, job))[-1].payload == StateChanged(JobState.CANCELLED)
+
+
+async def test_jobs_survive_a_restart(daemon: Daemon) -> None:
+    async with daemon.run() as supervisor:
+        running = await submit(supervisor, **ENDLESS)
+        waiting = await submit(supervisor, model="waiting", max_epochs=1)
+        await watch_until(supervisor, running, CheckpointWritten)
+        watcher = asyncio.create_task(watch_all(supervisor, waiting))
+    with pytest.raises(BackbonedError, match="watch again with after_sequence=1"):
+        await watcher
+    async with daemon.run() as supervisor:
+        failed = await supervisor.get(running.id)
+        assert failed.state is JobState.FAILED
+        assert "the daemon stopped while it ran; epochs up to" in failed.error
+        await watch_all(supervisor, waiting)
+        assert (await supervisor.get(waiting.id)).state is JobState.SUCCEEDED
+
+
+async def test_a_job_that_a_killed_daemon_left_running_is_ended_at_the_next_start(
+    daemon: Daemon, engine: Engine
+) -> None:
+    store = JobStore(engine)
+    version = daemon.directory.reserve("colours")
+    store.add("left", JobRequest("colours", "digits", "colours", TrainingOptions()), daemon.root / "data", version)
+    store.append("left", StateChanged(JobState.RUNNING))
+    async with daemon.run() as supervisor:
+        job = await supervisor.get("left")
+        assert job.state is JobState.FAILED
+        assert job.error == "the daemon stopped while it ran; no epoch had ended; start it again"
+        assert not daemon.directory.version("colours", version).exists()
+
+
+async def test_what_fails_in_the_trainer_is_told_in_one_line(daemon: Daemon) -> None:
+    for path in (daemon.root / "data" / "colours" / "red").iterdir():
+        path.write_bytes(b"not an image")
+    async with daemon.run() as supervisor:
+        job = await submit(supervisor)
+        await watch_all(supervisor, job)
+        failed = await supervisor.get(job.id)
+        assert failed.state is JobState.FAILED
+        assert failed.error.startswith("no training image of class 'red' can be read")
+        assert "\n" not in failed.error
+        assert not daemon.directory.version("colours", 1).exists()
+
+
+async def test_a_repeated_request_is_the_same_job(daemon: Daemon) -> None:
+    async with daemon.run() as supervisor:
+        first, second = await asyncio.gather(*(submit(supervisor, request_id="r", max_epochs=1) for _ in range(2)))
+        assert first.id == second.id
+        assert len(await supervisor.list_jobs()) == 1
+        with pytest.raises(BackbonedError) as caught:
+            await submit(supervisor, request_id="r", max_epochs=2)
+        assert caught.value.kind is ErrorKind.ALREADY_EXISTS
+        assert daemon.directory.versions("colours") == [1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "says"),
+    [
+        ({"model": "no/slash"}, ErrorKind.INVALID_ARGUMENT, "model name"),
+        ({"backbone": "digts"}, ErrorKind.NOT_FOUND, "did you mean 'digits'"),
+        ({"dataset": "colors"}, ErrorKind.NOT_FOUND, "did you mean 'colours'"),
+        ({"dataset": "/etc"}, ErrorKind.PERMISSION_DENIED, "data roots"),
+        ({"max_epochs": 0}, ErrorKind.INVALID_ARGUMENT, "options.max_epochs"),
+        ({"request_id": "r" * 129}, ErrorKind.INVALID_ARGUMENT, "129 characters"),
+        ({"warm_start_version": 4}, ErrorKind.NOT_FOUND, "no version 4"),
+    ],
+)
+async def test_a_request_that_cannot_work_is_refused_at_once(
+    daemon: Daemon, request_: dict[str, Any], kind: ErrorKind, says: str
+) -> None:
+    async with daemon.run() as supervisor:
+        with pytest.raises(BackbonedError) as caught:
+            await submit(supervisor, **request_)
+        assert caught.value.kind is kind
+        assert says in caught.value.message
+        assert await supervisor.list_jobs() == []
+
+
+async def test_too_many_waiting_jobs_are_refused(daemon: Daemon) -> None:
+    async with daemon.run(max_queued_jobs=1) as supervisor:
+        running = await submit(supervisor, **ENDLESS)
+        await watch_until(supervisor, running, DatasetReport)
+        await submit(supervisor, model="waiting")
+        with pytest.raises(BackbonedError, match="1 jobs are queued already") as caught:
+            await submit(supervisor, model="refused")
+        assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED
+        assert caught.value.retry_delay_seconds
+        assert daemon.directory.versions("refused") == []
+
+
+def _trainer_pid() -> int:
+    """The only child of this process that runs the trainer."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+    (pid,) = [pid for pid in map(int, children) if b"training.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return pid

@@ -11,24 +11,10 @@ from pathlib import Path
 import pytest
 
 from backboned.client import Client
-from backboned.server.commands.local_daemon import LocalDaemon, is_listening
+from backboned.server.commands.local_daemon import LocalDaemon, LocalDaemonError, is_listening
 from backboned.v1 import model_service_pb2 as pb
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-def test_a_model_is_trained_and_its_events_are_json(call: Call, running: LocalDaemon, squares: Path) -> None:
-    code, out, err = call(
-        "finetune", squares, "--model", "events", "--backbone", "digits", "--max-epochs", 2, "--json",
-        "--server", running.grpc,
-    )  # fmt: skip
-    first, *events, last = [json.loads(line) for line in out.splitlines()]
-    assert (code, err) == (0, "")
-    assert first["job"]["model"] == "events"
-    assert [int(event["sequence"]) for event in events] == list(range(1, len(events) + 1))
-    assert {"dataset_report", "epoch", "checkpoint", "state"} <= {key for event in events for key in event}
-    assert last["job"]["state"] == "JOB_STATE_SUCCEEDED"
-    assert last["job"]["best"]["val_accuracy"] >= 0
 
 
 def test_a_person_sees_the_data_the_epochs_and_how_to_go_on(call: Call, running: LocalDaemon, squares: Path) -> None:
@@ -41,17 +27,19 @@ def test_a_person_sees_the_data_the_epochs_and_how_to_go_on(call: Call, running:
     assert "\x1b" not in out
 
 
-def test_options_go_to_the_daemon_by_their_names(call: Call, running: LocalDaemon, squares: Path) -> None:
-    code, out, _ = call(
+def test_options_go_to_the_daemon_by_their_names_and_events_come_as_json(
+    call: Call, running: LocalDaemon, squares: Path
+) -> None:
+    code, out, err = call(
         "finetune", squares, "--model", "options", "--backbone", "digits", "--task", "binary", "--trainable-stages",
         "layer3,pool", "--max-epochs", 1, "--batch-size", 4, "--learning-rate", "0.01", "--weight-decay", "0.1",
         "--patience", 0, "--validation-fraction", "0.25", "--seed", 7, "--views", 2, "--request-id", "once",
         "--json", "--server", running.grpc,
     )  # fmt: skip
-    job = json.loads(out.splitlines()[0])["job"]
-    assert code == 0
-    assert job["request"]["request_id"] == "once"
-    assert job["request"]["options"] == {
+    first, *events, last = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert first["job"]["request"]["request_id"] == "once"
+    assert first["job"]["request"]["options"] == {
         "task": "TASK_BINARY",
         "trainable_stages": ["layer3", "pool"],
         "max_epochs": 1,
@@ -63,6 +51,10 @@ def test_options_go_to_the_daemon_by_their_names(call: Call, running: LocalDaemo
         "seed": "7",
         "views": 2,
     }
+    assert [int(event["sequence"]) for event in events] == list(range(1, len(events) + 1))
+    assert {"dataset_report", "epoch", "checkpoint", "state"} <= {key for event in events for key in event}
+    assert last["job"]["state"] == "JOB_STATE_SUCCEEDED"
+    assert last["job"]["best"]["val_accuracy"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -158,9 +150,7 @@ def test_ctrl_c_cancels_the_job(running: LocalDaemon, squares: Path) -> None:
         assert job.state == pb.JOB_STATE_CANCELLED
 
 
-def test_a_daemon_that_does_not_start_is_told_in_its_own_words(tmp_path: Path, squares: Path, call: Call) -> None:
-    (tmp_path / "occupied").write_text("a file")
-    environment = f"--checkpoint-dir={tmp_path / 'occupied'}"
-    with pytest.raises(Exception, match="the daemon that was started here ended") as caught:
-        LocalDaemon.start([environment, "--grpc-port=0", "--http-port=0"], tmp_path / "state")
-    assert "\n" not in str(caught.value)
+def test_a_daemon_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(LocalDaemonError, match=r"ended with exit code 2: --device: expected auto, cpu") as caught:
+        LocalDaemon.start(["--device=gpu"], tmp_path)
+    assert "\n" not in caught.value.message

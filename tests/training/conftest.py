@@ -9,7 +9,6 @@ from PIL import Image
 from backboned.plugins import digits
 from backboned.registry import Catalogue
 from backboned.registry.weights import seeded_state
-from backboned.server.training.events import JobState
 from backboned.server.training.options import TrainingOptions
 from backboned.server.training.spec import TrainerSpec
 
@@ -92,33 +91,3 @@ def make_spec(tmp_path: Path, weights_file: Path) -> MakeSpec:
         )
 
     return make
-
-
-class Telemetry:
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.epochs: list[tuple[str, int]] = []
-        self.counts: Mapping[JobState, int] = {}
-        self.durations: list[float] = []
-        self.images = 0
-
-    def training_epoch(
-        self, model: str, epoch: int, train_loss: float, train_accuracy: float, val_loss: float, val_accuracy: float
-    ) -> None:
-        self.epochs.append((model, epoch))
-
-    def training_jobs(self, counts: Mapping[JobState, int]) -> None:
-        self.counts = counts
-
-    def job_duration(self, seconds: float) -> None:
-        self.durations.append(seconds)
-
-    def feature_images(self, source: str, count: int) -> None:
-        assert source == "computed"
-        self.images += count
-
-
-@pytest.fixture
-def telemetry() -> Telemetry:
-    return Telemetry()

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from backboned.registry.backbone import Backbone
-from backboned.registry.errors import BackbonedError, ErrorKind, not_found
+from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_found
 
 ENTRY_POINT_GROUP = "backboned.backbones"
 _MARK = "__backboned_plugin__"
@@ -69,6 +69,18 @@ class Catalogue:
         # Our own plugins come first, so that another distribution can't take their names.
         for point in sorted(found, key=lambda p: (_origin(p).split(" ")[0] != "backboned", _origin(p), p.name)):
             catalogue._add_entry_point(point)
+        return catalogue
+
+    @classmethod
+    def installed(cls, modules: Iterable[str] = ()) -> "Catalogue":
+        """What installed distributions offer, and further `modules` by name, for which it raises `BackbonedError`."""
+        catalogue = cls.from_entry_points()
+        for name in modules:
+            try:
+                module = importlib.import_module(name)
+            except ImportError as error:
+                raise invalid(f"can't import the plugin {name!r}: {error}", field="plugin") from error
+            catalogue.add(module, name)
         return catalogue
 
     def add(self, plugin: Any, origin: str) -> None:
@@ -141,11 +153,6 @@ class Catalogue:
         except (Exception, SystemExit) as error:  # a plugin is foreign code: whatever it raises must stop nothing else
             reason = error.message if isinstance(error, BackbonedError) else f"{type(error).__name__}: {error}"
             self._broken.append(BrokenPlugin(point.name, origin, " ".join(reason.split())))
-
-
-def load_plugin_module(name: str) -> ModuleType:
-    """Import the module `name`, for `Catalogue.add`."""
-    return importlib.import_module(name)
 
 
 def _origin(point: EntryPoint) -> str:

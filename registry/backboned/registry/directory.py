@@ -1,7 +1,7 @@
 """The checkpoint directory: what lies where, and what is there now.
 
-    <root>/<model>/<version>/manifest.json, epoch-0001.pt …    versions
-    <root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
+<root>/<model>/<version>/manifest.json, epoch-0001.pt …    versions
+<root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
 """
 
 import os
@@ -86,7 +86,7 @@ class CheckpointDirectory:
     def versions(self, model: str) -> list[int]:
         """The numbers that are taken, whole or not, ascending."""
         try:
-            names = os.listdir(self.root / model)
+            names = [entry.name for entry in (self.root / model).iterdir()]
         except OSError:
             return []
         return sorted(v for v in map(_version, names) if v is not None)

@@ -49,7 +49,9 @@ class BackbonedError(Exception):
         self.retry_delay_seconds = retry_delay_seconds
 
 
-def not_found(what: str, name: str, known: Iterable[str], *, field: str | None = None, hint: str = "") -> BackbonedError:
+def not_found(
+    what: str, name: str, known: Iterable[str], *, field: str | None = None, hint: str = ""
+) -> BackbonedError:
     """The error for an unknown `name`, with the nearest of the `known` names."""
     return BackbonedError(ErrorKind.NOT_FOUND, f"unknown {what} {name!r}{suggestion(name, known)}{hint}", field=field)
 

@@ -57,27 +57,31 @@ class Recogniser:
         if name is not None:
             return self.blueprint(self._catalogue.get(name)).read(state, partial=True)
         fits: list[Recognised] = []
-        misfits: list[BackbonedError] = []
+        misfits: list[tuple[float, str]] = []
         for candidate in self._catalogue:
             if not any(_mostly_owned(candidate, s) for s in _views(state)):
                 continue
             try:
                 fits.append(self.blueprint(candidate).read(state, partial=False))
             except BackbonedError as error:
-                misfits.append(error)
+                misfits.append((self.blueprint(candidate).likeness(state), error.message))
         if len(fits) == 1:
             return fits[0]
         if fits:
             names = ", ".join(f.backbone.name for f in fits)
             raise refused(f"it fits several backbones: {names}; name one in a JSON file beside it: {_EXAMPLE}")
-        if len(misfits) == 1:
-            raise misfits[0]
+        likeness, reason = max(misfits, default=(0.0, ""))
+        if likeness > _LIKE:
+            raise refused(reason)
         keys = ", ".join(list(state)[:3])
         raise refused(
             f"its keys ({keys}, …) and shapes fit no backbone that is known here ({len(self._catalogue)} are); a part "
             f"of a state_dict needs the backbone's name, in the dict or in a JSON file beside it: {_EXAMPLE}"
         )
 
+
+_LIKE = 0.7
+"""A state_dict that shares more of a backbone's keys and shapes than this is meant to be one of it."""
 
 _EXAMPLE = '{"backbone": "resnet18"}'
 
@@ -104,6 +108,17 @@ class Blueprint:
     def body(self) -> frozenset[str]:
         """All keys but those of the layer that fine-tuning replaces."""
         return frozenset(self.shapes) - {self.weight_key, self.bias_key}
+
+    def likeness(self, state: Mapping[str, Tensor]) -> float:
+        """How much of the backbone is in `state`, 0…1: the keys whose shapes agree, among all keys of both."""
+        views = [
+            state,
+            *({k.removeprefix(p): t for k, t in state.items() if k.startswith(p)} for p in _prefixes(state)),
+        ]
+        return max(
+            sum(self.shapes.get(k) == tuple(t.shape) for k, t in view.items()) / len(self.shapes.keys() | view.keys())
+            for view in views
+        )
 
     def read(self, state: Mapping[str, Tensor], *, partial: bool) -> Recognised:
         """`state` as stages; whole stages may be missing if `partial`. Raises `BackbonedError` `DATA_LOSS`."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backboned.registry.atomic import TEMPORARY_PREFIX, sync_folder, write_atomically
+from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomically
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
@@ -123,11 +123,12 @@ class VersionReader:
         copy = folder / f"{TEMPORARY_PREFIX}{time.time_ns():x}{drop.path.suffix}"
         try:
             shutil.copyfile(drop.path, copy)
-            with ThreadPoolExecutor(1) as aside:
-                sha256 = aside.submit(file_digest, copy)
+            with ThreadPoolExecutor(2) as aside:
+                sha256, synced = aside.submit(file_digest, copy), aside.submit(sync_path, copy)
                 payload, sidecar = read_payload(copy), read_sidecar(drop.path)
                 found = self._recogniser.recognise(payload, sidecar.backbone)
                 stages = self._assemble(found, {})
+            synced.result()
             manifest = _manifest(drop, payload, sidecar, found, stages)
             best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
             manifest = replace(manifest, epochs=(best,))
@@ -136,7 +137,7 @@ class VersionReader:
             manifest = replace(manifest, version=self._directory.reserve(drop.model))
             target = self._directory.version(drop.model, manifest.version)
             copy.replace(target / best.file)
-            sync_folder(target)
+            sync_path(target)
         finally:
             copy.unlink(missing_ok=True)
         manifest.write(target)

@@ -13,7 +13,7 @@ import torch
 from sqlalchemy import Engine as Database
 
 from backboned.registry.atomic import write_atomically
-from backboned.registry.catalogue import Catalogue, load_plugin_module
+from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.weights import WeightStore
 from backboned.server.api.server import GrpcServer
@@ -46,16 +46,6 @@ def run(config: Config) -> None:
     asyncio.run(_serve(config))
 
 
-def load_catalogue(modules: tuple[str, ...]) -> Catalogue:
-    """The installed plugins, and those in further `modules`. Raises `BackbonedError` if one of these can't be used."""
-    catalogue = Catalogue.from_entry_points()
-    for name in modules:
-        catalogue.add(load_plugin_module(name), name)
-    for broken in catalogue.broken:
-        log.warning("plugin %s from %s is broken: %s", broken.name, broken.origin, broken.reason)
-    return catalogue
-
-
 class Daemon:
     """All parts of a daemon, wired. Made and used in one event loop."""
 
@@ -65,7 +55,9 @@ class Daemon:
         self.metrics = Metrics(
             version=distribution_version("backboned"), torch_version=torch.__version__, device=str(device)
         )
-        catalogue = load_catalogue(config.plugin)
+        catalogue = Catalogue.installed(config.plugin)
+        for broken in catalogue.broken:
+            log.warning("plugin %s from %s is broken: %s", broken.name, broken.origin, broken.reason)
         for name in config.weights:
             catalogue.get(name)  # a misspelt name must not wait for the first FineTune
         directory = CheckpointDirectory(config.checkpoint_dir.absolute())
@@ -77,11 +69,11 @@ class Daemon:
             catalogue,
             weights,
             self._stages,
-            self.metrics,
-            LoaderSettings(
+            telemetry=self.metrics,
+            settings=LoaderSettings(
                 config.scan_interval_seconds, config.settle_seconds, config.max_loaded_versions, config.watch
             ),
-            aliases.all,
+            pinned=aliases.all,
         )
         self.engine = Engine(device, self.metrics, max_batch_size=config.max_batch_size)
         self.predictor = Predictor(
@@ -134,7 +126,7 @@ class Daemon:
         await asyncio.gather(asyncio.to_thread(self.loader.stop), asyncio.to_thread(self.engine.stop))
         await self.http.stop()
 
-    async def _see_version(self, model: str, version: int) -> None:
+    async def _see_version(self, *_: object) -> None:
         """Wait until the loader has looked at a version that was just completed."""
         await asyncio.wrap_future(self.loader.refresh())
 
@@ -159,7 +151,8 @@ async def _serve(config: Config) -> None:
             content = json.dumps(addresses) + "\n"
             write_atomically(config.ready_file, lambda file: file.write(content.encode()))
             stack.callback(config.ready_file.unlink, missing_ok=True)
-        print(f"backboned is ready: gRPC on {addresses['grpc']}, HTTP on {addresses['http']}", flush=True)
+        sys.stdout.write(f"backboned is ready: gRPC on {addresses['grpc']}, HTTP on {addresses['http']}\n")
+        sys.stdout.flush()
         await stopping.wait()
         log.info("stopping: finishing what is under way")
 
@@ -176,5 +169,3 @@ def _training_settings(config: Config) -> TrainingSettings:
         max_queued_jobs=config.max_queued_jobs,
         max_image_pixels=config.max_image_pixels,
     )
-
-

@@ -15,6 +15,7 @@ def open_database(path: Path) -> Engine:
     In WAL mode: readers don't wait for a writer, and what was committed survives the end of the process. The caller
     disposes of it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(f"sqlite:///{path}")
 
     @event.listens_for(engine, "connect")

@@ -59,7 +59,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             inner = handler.stream_unary or handler.unary_unary
             make = (
-                grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
             )
             wrapped = _unary(inner, method)
         return make(wrapped, handler.request_deserializer, handler.response_serializer)

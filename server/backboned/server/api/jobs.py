@@ -118,12 +118,14 @@ def _best(job: Job, snapshot: Snapshot, directory: CheckpointDirectory) -> pb.Ch
     model = snapshot.models.get(job.model)
     known = model.versions.get(job.version) if model else None
     if known is not None:
-        return checkpoint_message(epoch_row(known.manifest, known.manifest.best, directory, known.state, known.reason))
+        return checkpoint_message(
+            epoch_row(known.manifest, known.manifest.best, directory, state=known.state, reason=known.reason)
+        )
     try:
         manifest = Manifest.read(directory.version(job.model, job.version))
     except BackbonedError:
         return None
-    return checkpoint_message(epoch_row(manifest, manifest.best, directory, State.AVAILABLE))
+    return checkpoint_message(epoch_row(manifest, manifest.best, directory, state=State.AVAILABLE))
 
 
 def _report(report: events.DatasetReport) -> pb.DatasetReport:

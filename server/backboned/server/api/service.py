@@ -96,9 +96,7 @@ class ModelService(NotYet):
         job = await self._rooms.jobs.cancel(request.job_id)
         return job_message(job, self._rooms.loader.snapshot, self._rooms.directory)
 
-    async def ListCheckpoints(
-        self, request: pb.ListCheckpointsRequest, context: Context
-    ) -> pb.ListCheckpointsResponse:
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
         """Checkpoints, page by page."""
         fields = checkpoint_fields()
         matches = parse_filter(request.filter, fields)

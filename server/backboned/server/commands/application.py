@@ -26,6 +26,7 @@ COMMANDS = (
     "backbones",
     "jobs",
     "alias",
+    "export",
     "demo",
     "doctor",
 )

@@ -118,11 +118,10 @@ def _device(config: Config) -> Finding:
 
 
 def _plugins(config: Config) -> Iterator[Finding]:
-    from backboned.registry import BackbonedError
-    from backboned.server.commands.local_catalogue import local_catalogue
+    from backboned.registry import BackbonedError, Catalogue
 
     try:
-        catalogue = local_catalogue(config)
+        catalogue = Catalogue.installed(config.plugin)
     except BackbonedError as error:
         yield Finding("fail", "plugin", error.message)
         return

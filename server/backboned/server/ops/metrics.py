@@ -16,8 +16,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 from backboned.server.training.events import JobState
 
-from backboned.server.training.events import JobState
-
 PREFIX = "backboned"
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 _CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

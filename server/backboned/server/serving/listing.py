@@ -1,7 +1,7 @@
 """Checkpoints as rows, for listing."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backboned.registry.directory import CheckpointDirectory
@@ -21,7 +21,7 @@ class CheckpointRow:
     backbone: str = ""
     task: Task | None = None
     classes: tuple[str, ...] = ()
-    metrics: EpochMetrics = EpochMetrics()
+    metrics: EpochMetrics = field(default_factory=EpochMetrics)
     sha256: str = ""
     size_bytes: int = 0
     create_time: float = 0.0
@@ -56,13 +56,14 @@ def version_rows(
             state, reason = version.state, version.reason
         elif epoch.epoch == serving:
             state = State.SERVING
-        yield epoch_row(version.manifest, epoch, directory, state, reason, aliases if best else ())
+        yield epoch_row(version.manifest, epoch, directory, state=state, reason=reason, aliases=aliases if best else ())
 
 
 def epoch_row(
     manifest: Manifest,
     epoch: Epoch,
     directory: CheckpointDirectory,
+    *,
     state: State,
     reason: str = "",
     aliases: tuple[str, ...] = (),

@@ -19,8 +19,8 @@ from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
 from backboned.registry.version import VersionReader, VersionWeights
 from backboned.registry.weights import WeightStore
-from backboned.server.compute.stages import StageStore
 from backboned.server.compute.canary import Canary
+from backboned.server.compute.stages import StageStore
 from backboned.server.serving.library import Library, settled, version_numbers
 from backboned.server.serving.plan import Action, Adopt, DropState, Load, VersionKey, plan
 from backboned.server.serving.snapshot import LoadedModel, Snapshot
@@ -54,6 +54,7 @@ class Loader:
         catalogue: Catalogue,
         weights: WeightStore,
         stages: StageStore,
+        *,
         telemetry: ServingTelemetry,
         settings: LoaderSettings,
         pinned: Callable[[], Mapping[str, Mapping[str, int]]],

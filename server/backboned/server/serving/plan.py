@@ -88,8 +88,8 @@ class Known:
 def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions: int) -> Plan:
     """The actions that bring what is loaded to what should be: for each model its newest versions and the wanted ones.
 
-    Newest versions come first, dropped files last. What is quarantined isn't loaded; what serves of it, an earlier epoch
-    or an older version, serves on.
+    Newest versions come first, dropped files last. What is quarantined isn't loaded; what serves of it, an earlier
+    epoch or an older version, serves on.
     """
     desired = _desired(known, max_loaded_versions)
     retire = [Retire(key) for key in known.loaded if key not in desired]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from backboned.registry.backbone import Backbone
-from backboned.registry.catalogue import Catalogue, load_plugin_module
+from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.recognise import Recogniser
@@ -35,9 +35,7 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Callable[[], None]) -> None:
     `check` is called often; what it raises ends the work, and the checkpoints that are written stay. Raises
     `BackbonedError` and `OSError`. Uses the whole process: thread counts, torch's random generators.
     """
-    catalogue = Catalogue.from_entry_points()
-    for module in spec.plugin_modules:
-        catalogue.add(load_plugin_module(module), module)
+    catalogue = Catalogue.installed(spec.plugin_modules)
     backbone = catalogue.get(spec.backbone)
     options = spec.options.validated(backbone)
     dataset = read_dataset(spec.dataset, options, spec.data_roots)

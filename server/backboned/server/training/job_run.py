@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backboned.registry.directory import CheckpointDirectory
-from backboned.server.training.events import EpochDone, FeatureProgress, JobEventPayload, StateChanged
+from backboned.server.training.events import EpochDone, FeatureProgress, JobEventPayload, JobState, StateChanged
 from backboned.server.training.jobs import Job
 from backboned.server.training.journal import JobJournal
 from backboned.server.training.outcome import Ask, kept_epochs, outcome
@@ -74,7 +74,10 @@ class JobRun:
                 else:
                     await self._journal.publish(self.job.id, payload)
                     self._measure(payload)
-            return told, await process.ended()
+            ended = await process.ended()
+            if told is None or told.state is JobState.FAILED:
+                _logger.warning("job %s: %s; its last words: %s", self.job.id, ended, process.last_words)
+            return told, ended
         finally:
             stopper.cancel()
             process.kill()

@@ -19,28 +19,33 @@ def outcome(told: StateChanged | None, ended: str, asked: Ask | None, kept: str)
     """The final state of a job.
 
     `told` is the trainer's own last word, if it had one; `ended` says how the process ended, and `kept` which epochs
-    are on disk, both for people.
+    are on disk, if any.
     """
-    if told is not None and told.state is not JobState.CANCELLED:
+    if told is not None and told.state is JobState.SUCCEEDED:
         return told
+    if told is not None and told.state is JobState.FAILED:
+        return _failed(told.error, kept)
     if asked is Ask.CANCEL:
         return StateChanged(JobState.CANCELLED)
     if asked is Ask.SHUTDOWN:
         return interrupted(kept)
-    reason = "the trainer process was stopped by a signal from outside" if told is not None else ended
-    return StateChanged(JobState.FAILED, f"{reason}; {kept}")
+    return _failed(ended if told is None else "the trainer process was stopped by a signal from outside", kept)
 
 
 def interrupted(kept: str) -> StateChanged:
     """The final state of a job that the daemon didn't outlive."""
-    return StateChanged(JobState.FAILED, f"the daemon stopped while it ran; {kept}")
+    return _failed("the daemon stopped while it ran", kept or "no epoch had ended; start it again")
 
 
 def kept_epochs(directory: CheckpointDirectory, model: str, version: int) -> str:
-    """What a version that didn't end well has on disk, and how to go on from there."""
+    """What a version that didn't end well has on disk, and how to go on from there; empty if nothing."""
     try:
         epochs = Manifest.read(directory.version(model, version)).epochs
     except BackbonedError:
-        return "no epoch had ended; start it again"
+        return ""
     last = max(epoch.epoch for epoch in epochs)
     return f"epochs up to {last} are kept as version {version}; start it again with warm_start_version={version}"
+
+
+def _failed(reason: str, kept: str) -> StateChanged:
+    return StateChanged(JobState.FAILED, f"{reason}; {kept}" if kept else reason)

@@ -43,6 +43,7 @@ def main() -> int:
 
     def emit(payload: JobEventPayload) -> None:
         events.write(to_json(payload).encode() + b"\n")
+        events.flush()
 
     def check() -> None:
         if stop.is_set():
@@ -56,15 +57,16 @@ def main() -> int:
     except BrokenPipeError:
         return 1  # nobody listens any more
     except Exception as error:
-        traceback.print_exc()
-        final = StateChanged(JobState.FAILED, _reason(error))
+        if not isinstance(error, BackbonedError):
+            traceback.print_exc()  # for the daemon's log
+        final = StateChanged(JobState.FAILED, reason(error))
     emit(final)
     return 0
 
 
 def _take_standard_output() -> BinaryIO:
-    """Standard output, unbuffered, for events alone: what libraries print goes to standard error from now on."""
-    events = os.fdopen(os.dup(1), "wb", buffering=0)
+    """Standard output for events alone: what libraries print goes to standard error from now on."""
+    events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return events
 
@@ -87,7 +89,7 @@ def _stop_without_daemon(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line for the job's owner."""
     if isinstance(error, BackbonedError):
         return error.message

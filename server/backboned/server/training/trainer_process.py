@@ -58,6 +58,11 @@ class TrainerProcess:
         """The process's id."""
         return self._process.pid
 
+    @property
+    def last_words(self) -> str:
+        """What it wrote last to standard error, for the log."""
+        return "\n".join(self._last_lines)
+
     async def events(self) -> AsyncIterator[JobEventPayload]:
         """What it tells, until it ends."""
         assert self._process.stdout is not None

@@ -1,9 +1,12 @@
 """`backboned demo`: transfer learning seen at work, on handwritten digits, offline and in about a minute."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from backboned.server.commands.output import console, duration
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -18,6 +21,8 @@ def demo(
 
     It starts a daemon of its own on free ports and stops it at the end. Needs no network and no GPU.
     """
+    begin = time.perf_counter()
     from backboned.server.commands.demo.story import tell  # brings torch
 
     tell(output)
+    console().print(f"\ndone in {duration(time.perf_counter() - begin)}", style="bold green")

@@ -1,0 +1,61 @@
+"""What tests of several rooms share: real photos where there are some, and real daemons."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from backboned.client import Client
+from backboned.server.commands.local_daemon import LocalDaemon
+
+StartDaemon = Callable[..., LocalDaemon]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photos and weights beside the repository; tests that need it skip where it is absent."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "weights" / "mobilenet_v2.pth").is_file():
+        pytest.skip("needs ../shared, with real photos and weights, which is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> bytes:
+    """A JPEG of 320×240 pixels that looks a little like a photo: smooth colours, edges, noise."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 6, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(240, 320), mode="bicubic", align_corners=False)[0]
+    noisy = (smooth + 0.05 * torch.randn(3, 240, 320, generator=generator)).clamp(0, 1)
+    file = BytesIO()
+    Image.fromarray((noisy * 255).byte().permute(1, 2, 0).numpy()).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+    """Starts daemons on `tmp_path` with free ports; each takes further flags. They are stopped at the end."""
+    with ExitStack() as stack:
+
+        def start(*flags: str, folder: Path = tmp_path) -> LocalDaemon:
+            defaults = (
+                f"--checkpoint-dir={folder / 'checkpoints'}",
+                f"--state-dir={folder / 'state'}",
+                "--device=cpu",
+                "--grpc-port=0",
+                "--http-port=0",
+            )
+            return stack.enter_context(LocalDaemon.start([*defaults, *flags], folder))
+
+        yield start
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[LocalDaemon], Client]]:
+    """Makes clients of daemons; they are closed at the end."""
+    with ExitStack() as stack:
+        yield lambda daemon: stack.enter_context(Client(daemon.grpc))

@@ -83,8 +83,8 @@ def test_predict_tells_the_class_of_each_image(ask: Call, squares: Path) -> None
     heading, *rows = out.splitlines()
     assert (code, len(rows)) == (0, 13)
     assert heading.split() == ["image", "class", "probability", "then"]
-    assert rows[0].startswith(str(squares / "red" / "00.png"))
-    assert "answered by version" in err
+    assert rows[0].split()[0] == "red/00.png"
+    assert f"images in {squares}, answered by version" in err
 
 
 def test_predict_compares_with_labels_that_it_is_given(ask: Call, squares: Path) -> None:
@@ -153,7 +153,8 @@ def test_an_alias_is_set_asked_listed_and_removed(ask: Call, squares: Path) -> N
     code, out, _ = ask("alias", "list", "--json")
     assert (code, objects(out)) == (0, [{"model": "squares", "alias": "production", "version": "1"}])
     code, _, err = ask("predict", squares / "red" / "00.png", "--model", "squares", "--alias", "production")
-    assert (code, err) == (0, "answered by version 1\n")
+    assert code == 0
+    assert err.endswith("answered by version 1\n")
     code, _, err = ask("alias", "delete", "squares", "production", "--expected-version", 7)
     assert code == 1
     assert "production" in err

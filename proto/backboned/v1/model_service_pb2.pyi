@@ -191,7 +191,9 @@ class TrainingOptions(_message.Message):
     batch_size: _builtins.int
     """1…4096, default 32."""
     learning_rate: _builtins.float
-    """Above 0, at most 10. Default 1e-3 for the head alone, 1e-4 when stages train too."""
+    """Above 0, at most 10. Default 1e-3 for the head alone, and 1e-4 when stages train too: it is then the rate of these
+    stages, and the head learns 10 times as fast.
+    """
     weight_decay: _builtins.float
     """0…1, default 1e-4."""
     patience: _builtins.int
@@ -202,7 +204,7 @@ class TrainingOptions(_message.Message):
     """Makes a run repeatable: 0…2^63-1, default 0."""
     views: _builtins.int
     """Views of each image: 1 is the image as it is served, each further one a fixed random crop and flip: 1…64,
-    default 1.
+    default 2. Choose 1 where a mirror image means something else, as for digits.
     """
     warm_start_version: _builtins.int
     """A version of the same model to begin from, in place of the backbone's weights and a new head. Default: none."""

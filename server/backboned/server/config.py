@@ -85,7 +85,7 @@ class Config(BaseSettings):
         default="auto", description="How changes of the checkpoint folder are noticed: auto, inotify or polling."
     )
     max_loaded_versions: int = Field(
-        default=16, ge=1, description="Newest versions of each model that are kept in memory."
+        default=4, ge=1, description="Newest versions of each model that are kept in memory."
     )
     drain_seconds: float = Field(
         default=20.0, ge=0, le=3600, description="How long a stop waits for what is under way."

@@ -1,13 +1,16 @@
 """The daemon: where its parts are made and put together, started in order, and stopped in the opposite one."""
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 
 import torch
 from sqlalchemy import Engine as Database
@@ -15,6 +18,7 @@ from sqlalchemy import Engine as Database
 from backboned.registry.atomic import write_atomically
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.weights import WeightStore
 from backboned.server.api.server import GrpcServer
 from backboned.server.api.service import ModelService, Rooms
@@ -35,6 +39,7 @@ from backboned.server.training.supervisor import JobSupervisor
 log = logging.getLogger(__name__)
 
 DATABASE_NAME = "backboned.sqlite"
+LOCK_NAME = "lock"
 
 
 def run(config: Config) -> None:
@@ -42,7 +47,8 @@ def run(config: Config) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
     )
-    logging.getLogger("watchdog").setLevel(logging.WARNING)
+    for name in ("watchdog", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     asyncio.run(_serve(config))
 
 
@@ -142,23 +148,44 @@ async def _serve(config: Config) -> None:
     for folder in (config.checkpoint_dir, config.state_dir):
         folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
+        stack.enter_context(_locked(config.state_dir))
         database = open_database(config.state_dir / DATABASE_NAME)
         stack.callback(database.dispose)
         daemon = Daemon(config, database)
         stack.push_async_callback(daemon.stop)
-        addresses = await daemon.start()
+        starting, told = asyncio.create_task(daemon.start()), asyncio.create_task(stopping.wait())
+        await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            log.info("stopping before all models are loaded")
+            return
+        addresses = starting.result()
         if config.ready_file is not None:
             content = json.dumps(addresses) + "\n"
             write_atomically(config.ready_file, lambda file: file.write(content.encode()))
             stack.callback(config.ready_file.unlink, missing_ok=True)
         sys.stdout.write(f"backboned is ready: gRPC on {addresses['grpc']}, HTTP on {addresses['http']}\n")
         sys.stdout.flush()
-        await stopping.wait()
+        await told
         log.info("stopping: finishing what is under way")
 
 
+@contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """Hold the state folder: two daemons on one would take each other's jobs for their own."""
+    with (state_dir / LOCK_NAME).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BackbonedError(
+                ErrorKind.FAILED_PRECONDITION,
+                f"another daemon uses the state folder {state_dir}: stop it, or give this one its own by --state-dir",
+            ) from error
+        yield
+
+
 def _training_settings(config: Config) -> TrainingSettings:
-    threads = config.training_threads or max(1, (os.cpu_count() or 2) - 1)
+    threads = config.training_threads or os.cpu_count() or 1
     return TrainingSettings(
         work_dir=config.state_dir.absolute() / "work",
         data_roots=tuple(root.absolute() for root in config.data_root),

@@ -45,9 +45,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
         method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):  # health and reflection have answers of their own
+            return handler
         if handler.response_streaming:
             inner = handler.stream_stream or handler.unary_stream
             make = (

@@ -7,7 +7,7 @@ import typer
 from backboned.client import Client
 from backboned.server.commands.local_daemon import is_listening
 from backboned.server.commands.options import DEFAULT_ADDRESS, ConfigFile, Json, Server
-from backboned.server.commands.output import console, fail, notice, print_json, print_table
+from backboned.server.commands.output import console, fail, notice, print_json, print_table, runs
 from backboned.v1 import model_service_pb2 as pb
 
 app = typer.Typer(
@@ -34,7 +34,9 @@ def backbones(
         print_json(known)
         return
     columns = ["backbone", ">features", ">pixels", "stages", "weights"]
-    rows = [[b.name, str(b.feature_size), str(b.input_size), " ".join(b.stages), b.weights] for b in known.backbones]
+    rows = [
+        [b.name, str(b.feature_size), str(b.input_size), runs(b.stages), _weights(b.weights)] for b in known.backbones
+    ]
     print_table(columns, rows, empty="no backbone")
     for family in known.families:
         console().print(f"{family}… makes backbones by name")
@@ -60,6 +62,11 @@ def check(
     if not report.passed:
         fail(f"backbone {name!r} does not conform")
         raise typer.Exit(1)
+
+
+def _weights(source: str) -> str:
+    """`download`, the name of a file, or nothing."""
+    return "download" if source.startswith(("http://", "https://")) else source.rpartition("/")[2]
 
 
 def _show_broken(known: pb.ListBackbonesResponse) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from backboned.client import Client
 from backboned.server.commands.options import DEFAULT_ADDRESS, Json, Server
-from backboned.server.commands.output import label, print_json, print_table, size, when
+from backboned.server.commands.output import console, label, print_json, print_table, when
 from backboned.v1 import model_service_pb2 as pb
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -29,15 +29,17 @@ def checkpoints(
             for checkpoint in found:
                 print_json(checkpoint)
             return
-        columns = ["model", ">version", ">epoch", "state", ">accuracy", ">loss", ">size", "created", "note"]
-        print_table(columns, map(_row, found), empty="no checkpoint")
+        refused: list[pb.Checkpoint] = []
+        rows = []
+        for checkpoint in found:
+            rows.append(_row(checkpoint))
+            refused += [checkpoint] if checkpoint.reason else []
+    print_table(["model", ">version", ">epoch", "state", ">accuracy", ">loss", "created", "note"], rows, empty="none")
+    for checkpoint in refused:
+        console().print(f"{checkpoint.uri.removeprefix('file://')}: {checkpoint.reason}", style="red")
 
 
 def _row(checkpoint: pb.Checkpoint) -> list[str]:
-    notes = ["best"] if checkpoint.best else []
-    notes += checkpoint.aliases
-    if checkpoint.reason:
-        notes.append(f"{checkpoint.uri.rpartition('/')[2]}: {checkpoint.reason}")
     return [
         checkpoint.model,
         str(checkpoint.version or ""),
@@ -45,7 +47,6 @@ def _row(checkpoint: pb.Checkpoint) -> list[str]:
         label(pb.CheckpointState.Name(checkpoint.state), "CHECKPOINT_STATE_"),
         f"{checkpoint.val_accuracy:.4f}" if checkpoint.HasField("val_accuracy") else "",
         f"{checkpoint.val_loss:.4f}" if checkpoint.HasField("val_loss") else "",
-        size(checkpoint.size_bytes),
         when(checkpoint.create_time),
-        ", ".join(notes),
+        ", ".join(["best"] * checkpoint.best + list(checkpoint.aliases)),
     ]

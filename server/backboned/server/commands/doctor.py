@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import typer
 
 from backboned.server.commands.options import ConfigFile, Json
-from backboned.server.commands.output import console, fail, print_json, table
+from backboned.server.commands.output import console, fail, print_json, show, table
 from backboned.server.config import Config, LoadedConfig, load_config, unknown_variables
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -91,7 +91,9 @@ def _port(subject: str, host: str, port: int) -> Finding:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        return Finding("warn", subject, f"{host}:{port} can't be had: {error.strerror}; a daemon may be running")
+        return Finding(
+            "warn", subject, f"{host}:{port} can't be had: {os.strerror(error.errno or 0)}; a daemon may be running"
+        )
     return Finding("ok", subject, f"{host}:{port} is free" if port else "any free one")
 
 
@@ -138,9 +140,9 @@ def _plugins(config: Config) -> Iterator[Finding]:
 def _show(loaded: LoadedConfig, findings: Iterable[Finding]) -> None:
     settings = loaded.config.model_dump(mode="json")
     rows = [[name, _shown(value), loaded.sources[name]] for name, value in settings.items()]
-    console().print(table(["setting", "value", "from"], rows))
+    show(table(["setting", "value", "from"], rows))
     console().print()
-    console().print(table(["", "what", "found"], [[f.level, f.subject, f.detail] for f in findings]))
+    show(table(["", "what", "found"], [[f.level, f.subject, f.detail] for f in findings]))
 
 
 def _shown(value: object) -> str:

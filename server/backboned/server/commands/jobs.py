@@ -36,8 +36,11 @@ def jobs(
         for job in found:
             print_json(job)
     else:
-        columns = ["job", "model", ">version", "state", ">accuracy", "created", ">took", "error"]
+        columns = ["job", "model", ">version", "state", ">accuracy", "created", ">took"]
         print_table(columns, map(_row, found), empty="no job")
+        for job in found:
+            if job.error:
+                console().print(f"{job.id}: {job.error}", style="red")
 
 
 @app.command()
@@ -111,5 +114,4 @@ def _row(job: pb.Job) -> list[str]:
         f"{job.best.val_accuracy:.4f}" if job.best.HasField("val_accuracy") else "",
         when(job.create_time),
         duration(took_seconds(job)) if took_seconds(job) else "",
-        job.error,
     ]

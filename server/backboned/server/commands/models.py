@@ -6,7 +6,7 @@ import typer
 
 from backboned.client import Client
 from backboned.server.commands.options import DEFAULT_ADDRESS, Json, Server
-from backboned.server.commands.output import console, label, print_json, print_table, when
+from backboned.server.commands.output import console, label, notice, print_json, print_table, runs, when
 from backboned.v1 import model_service_pb2 as pb
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -46,8 +46,8 @@ def _row(model: pb.Model) -> list[str]:
 
 def _show_versions(model: pb.Model) -> None:
     console().print(f"{model.name}: version {model.serving_version} serves" if model.serving_version else model.name)
-    columns = [">version", "state", "backbone", "task", ">classes", ">accuracy", "created", "aliases", "shared stages"]
     rows = []
+    sharing: dict[str, list[str]] = {}
     for version in model.versions:
         checkpoint = version.checkpoint
         state = "serving" if version.version == model.serving_version else "loaded" if version.loaded else "on disk"
@@ -61,10 +61,15 @@ def _show_versions(model: pb.Model) -> None:
                 _accuracy(checkpoint),
                 when(checkpoint.create_time),
                 ", ".join(sorted(alias for alias, to in model.aliases.items() if to == version.version)),
-                ", ".join(version.shared_stages),
             ]
         )
+        if version.shared_stages:
+            shared = f"{runs(version.shared_stages)} with {checkpoint.backbone}"
+            sharing.setdefault(shared, []).append(str(version.version))
+    columns = [">version", "state", "backbone", "task", ">classes", ">accuracy", "created", "aliases"]
     print_table(columns, rows, empty="no version")
+    for shared, versions in sharing.items():
+        notice(f"version {', '.join(versions)}: shares {shared}")
 
 
 def _accuracy(checkpoint: pb.Checkpoint) -> str:

@@ -3,6 +3,7 @@
 Results go to stdout, everything else to stderr. Colours and bars appear in a terminal only; piped tables aren't cut.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -40,25 +41,38 @@ def fail(message: str) -> None:
     console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> "Table":
-    """Rows under bold headings, without lines. A column whose heading begins with `>` is set to the right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """Rows under bold headings, without lines; a column whose heading begins with `>` is set to the right.
+
+    In a terminal that is too narrow all columns but the first are broken into lines: nothing is cut.
+    """
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        made.add_column(
-            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
-        )
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        side = "right" if column.startswith(">") else "left"
+        made.add_column(column.removeprefix(">"), justify=side, no_wrap=i == 0, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def show(filled: "Table") -> None:
+    """Print a table; without the blanks at the ends of lines where it is piped."""
+    out = console()
+    if out.is_terminal:
+        out.print(filled)
+        return
+    with out.capture() as capture:
+        out.print(filled)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
     """Print a table, or the line `empty` when there is no row."""
     filled = table(columns, rows)
     if filled.row_count:
-        console().print(filled)
+        show(filled)
     else:
         notice(empty)
 
@@ -76,6 +90,12 @@ def as_dict(message: "Message") -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
+def runs(names: Iterable[str]) -> str:
+    """`stem layer1…layer4 pool`: numbered names that follow each other by their ends."""
+    grouped = [list(run) for _, run in itertools.groupby(names, key=lambda name: name.rstrip("0123456789"))]
+    return " ".join(f"{run[0]}…{run[-1]}" if len(run) > 2 else " ".join(run) for run in grouped)
+
+
 def size(size_bytes: int) -> str:
     """`82.1 kB`, `97.8 MB`."""
     amount = float(size_bytes)
@@ -87,16 +107,19 @@ def size(size_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8.3 s`, `2 min 5 s`, `1 h 12 min`."""
+    """`8.3 s`, `2m 05s`, `1h 12m`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds) // 60
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {rest:02}s"
 
 
 def when(time: "Timestamp") -> str:
-    """Local time, to the minute; empty for a time that isn't set."""
-    return datetime.fromtimestamp(time.seconds).astimezone().strftime("%Y-%m-%d %H:%M") if time.seconds else ""
+    """Local time to the minute, as `Nov 25 03:26` in this year; empty for a time that isn't set."""
+    if not time.seconds:
+        return ""
+    local = datetime.fromtimestamp(time.seconds).astimezone()
+    return local.strftime("%b %d %H:%M" if local.year == datetime.now().astimezone().year else "%Y-%m-%d")
 
 
 def label(name: str, prefix: str) -> str:

@@ -1,5 +1,6 @@
 """`backboned predict`: what images show."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,19 +101,19 @@ def _as_json(model: str, answer: "Answer") -> dict[str, object]:
 def _show(answers: "Sequence[Answer]", top_k: int | None) -> None:
     told = [(a, a.prediction) for a in answers if a.prediction is not None]
     labelled = any(a.label is not None for a, _ in told)
+    folder = os.path.commonpath([a.image.parent for a, _ in told]) if told else ""
     rows = []
     for answer, prediction in told:
         best, *others = prediction.classes
-        row = [str(answer.image), best.label, f"{best.probability:.3f}"]
+        row = [os.path.relpath(answer.image, folder or "."), best.label, f"{best.probability:.3f}"]
         row += [("yes" if best.label == answer.label else f"no: {answer.label}")] if labelled else []
-        rows.append(
-            [*row, ", ".join(f"{c.label} {c.probability:.3f}" for c in others[: None if top_k is not None else 2])]
-        )
+        shown = others if top_k is not None else others[:2]
+        rows.append([*row, ", ".join(f"{c.label} {c.probability:.3f}" for c in shown)])
     columns = ["image", "class", ">probability", *(["right"] if labelled else []), "then"]
     print_table(columns, rows, empty="no image was classified")
-    versions = sorted({a.version for a, _ in told})
     if labelled:
         right = sum(p.classes[0].label == a.label for a, p in told)
         console().print(f"{right} of {len(told)} right: accuracy {right / len(told):.4f}")
-    if versions:
-        notice(f"answered by version {', '.join(map(str, versions))}")
+    if versions := sorted({a.version for a, _ in told}):
+        place = f"images in {folder}, " if folder else ""
+        notice(f"{place}answered by version {', '.join(map(str, versions))}")

@@ -91,8 +91,8 @@ class TrainingView:
         self._progress.update(self._epochs, completed=epoch.epoch, speed=speed)
         self._say(
             f"epoch {epoch.epoch:>{len(str(self._max_epochs))}}/{self._max_epochs}"
-            f"  train loss {epoch.train_loss:.4f} accuracy {epoch.train_accuracy:.3f}"
-            f"  val loss {epoch.val_loss:.4f} accuracy {epoch.val_accuracy:.3f}{'  best' if epoch.best else ''}"
+            f"  train loss {epoch.train_loss:.4f} acc {epoch.train_accuracy:.3f}"
+            f"  val loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.3f}{'  best' if epoch.best else ''}"
         )
 
 

@@ -104,9 +104,10 @@ class Library:
         known = self.drops.get(path)
         if known is not None and known.drop == drop:
             return known
-        adopted = self.adopted(drop.model, path.name)
-        if adopted is not None and adopted.adopted_key == drop.key:
-            return KnownDrop(drop, now, DropState.ADOPTED)
+        if known is None:  # seen for the first time since the start: what was adopted before isn't read again
+            adopted = self.adopted(drop.model, path.name)
+            if adopted is not None and adopted.adopted_key == drop.key:
+                return KnownDrop(drop, now, DropState.ADOPTED)
         return KnownDrop(drop, now)
 
     def _version(self, key: VersionKey, manifest: Manifest) -> KnownVersion:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _HINT_PAUSE_SECONDS = 0.01
 _POLL_SECONDS = 1.0
 _PUBLISH_SECONDS = 0.02
-_MAX_WANTED = 64
+_MAX_WANTED = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoaderSettings:
 
     scan_interval_seconds: float = 2.0
     settle_seconds: float = 5.0
-    max_loaded_versions: int = 16
+    max_loaded_versions: int = 4
     watch: WatchMode = "auto"
 
 

@@ -16,7 +16,7 @@ from backboned.server.commands.demo.folder import fresh_folder
 from backboned.server.commands.demo.plain_training import Budget, Curve, pretrain, train_from_scratch
 from backboned.server.commands.demo.plot import save_plot
 from backboned.server.commands.local_daemon import LocalDaemon
-from backboned.server.commands.output import console, duration, table
+from backboned.server.commands.output import console, duration, show, table
 
 IMAGES_A_CLASS = 3
 PRETRAINING_EPOCHS = 12
@@ -147,7 +147,7 @@ def _compare(tuned: Sequence[FineTuned], scratch: Sequence[Curve], learning_rate
         ["frozen pretrained backbone, new head", *_figures([t.curve for t in tuned])],
         [f"same network from scratch (learning rate {learning_rate:g})", *_figures(scratch)],
     ]
-    console().print(table(["", ">accuracy", ">range", ">training"], rows))
+    show(table(["", ">accuracy", ">range", ">training"], rows))
     _say(
         f"{held_out} held-out images, {len(SEEDS)} seeds, {IMAGES_A_CLASS} + {IMAGES_A_CLASS} images a class to train "
         f"and validate, {BUDGET.epochs} epochs; from scratch: the best of {len(SCRATCH_LEARNING_RATES)} learning rates"

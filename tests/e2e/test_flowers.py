@@ -1,0 +1,39 @@
+"""The main job on real photos: fine-tune over gRPC, then ask the same daemon, never restarted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backboned.client import Client
+from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.v1 import model_service_pb2 as pb
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flowers_reach_90_percent_and_the_served_answers_agree(
+    shared: Path, start_daemon: Callable[..., LocalDaemon], connect: Callable[[LocalDaemon], Client]
+) -> None:
+    photos = shared / "data" / "flower_photos"
+    client = connect(
+        start_daemon(
+            f"--data-root={shared / 'data'}", f"--weights=mobilenet_v2={shared / 'weights' / 'mobilenet_v2.pth'}"
+        )
+    )
+    job = client.wait(client.fine_tune("flowers", "mobilenet_v2", photos).id)
+    assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
+    assert job.best.val_accuracy >= 0.90
+    assert job.best.size_bytes < 300_000  # the head alone, and its optimiser
+
+    files = sorted((photos / "val").glob("*/*.jpg"))
+    assert len(files) == 736
+    right = 0
+    for begin in range(0, len(files), 32):
+        part = files[begin : begin + 32]
+        response = client.predict("flowers", part, top_k=1, labels=[f.parent.name for f in part])
+        assert response.version == job.version
+        answers = [p.classes[0].label for p in response.predictions]
+        right += sum(a == f.parent.name for a, f in zip(answers, part, strict=True))
+    assert right / len(files) == pytest.approx(job.best.val_accuracy, abs=1.5 / len(files))

@@ -12,7 +12,6 @@ Methods take plain values and return the messages of `backboned.v1`, which are t
 `ClientError`. A client may be shared between threads.
 """
 
-import json
 import os
 import time
 import uuid
@@ -21,6 +20,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
+from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
 from backboned._client_status import ClientError
 from backboned.v1 import model_service_pb2 as pb
@@ -32,17 +32,6 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 MAX_MESSAGE_BYTES = 64 * 2**20
 FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
 
-_IDEMPOTENT = (
-    "FineTune",  # by its request_id
-    "GetJob",
-    "ListJobs",
-    "CancelJob",
-    "ListCheckpoints",
-    "Predict",
-    "ListBackbones",
-    "ListModels",
-    "GetModel",
-)
 _Reply = TypeVar("_Reply")
 
 
@@ -80,7 +69,7 @@ class Client:
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._max_message_bytes = max_message_bytes
-        self._channel = grpc.insecure_channel(address, options=_channel_options(max_message_bytes))
+        self._channel = grpc.insecure_channel(address, options=channel_options(max_message_bytes))
         self._stub = ModelServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -270,27 +259,6 @@ class Client:
             if not token:
                 return
             request.page_token = token  # type: ignore[attr-defined]  # and every List…Request
-
-
-def _channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
-    policy = {
-        "name": [{"service": "backboned.v1.ModelService", "method": method} for method in _IDEMPOTENT],
-        "retryPolicy": {
-            "maxAttempts": 5,
-            "initialBackoff": "0.1s",
-            "maxBackoff": "2s",
-            "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-        },
-    }
-    return [
-        ("grpc.service_config", json.dumps({"methodConfig": [policy]})),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),  # larger requests than this are never retried
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2000),
-    ]
 
 
 def _question(

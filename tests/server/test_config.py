@@ -5,7 +5,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backboned.server.config import Config, ConfigError, load_config, unknown_variables
@@ -161,6 +161,7 @@ def test_a_configuration_made_directly_reads_no_environment(monkeypatch: pytest.
     assert Config().grpc_port == 8001
 
 
+@example("digits=~nobody-of-that-name/digits.pth")
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40))
 def test_whatever_weights_are_told_they_are_read_or_refused_in_one_line(text: str) -> None:
     try:

@@ -70,11 +70,14 @@ class CheckpointDirectory:
         """The folder of a version."""
         return self.root / model / str(version)
 
-    def reserve(self, model: str) -> int:
-        """Make the folder of the model's next version, and return its number. No two callers get the same one."""
+    def reserve(self, model: str, *, above: int = 0) -> int:
+        """Make the folder of the model's next version, and return its number. No two callers get the same one.
+
+        It is higher than any version whose folder is there, and than `above`.
+        """
         folder = self.root / check_name(model)
         folder.mkdir(parents=True, exist_ok=True)
-        version = max(self.versions(model), default=0)
+        version = max(above, *self.versions(model), 0)
         while True:
             version += 1
             try:

@@ -53,7 +53,8 @@ def not_found(
     what: str, name: str, known: Iterable[str], *, field: str | None = None, hint: str = ""
 ) -> BackbonedError:
     """The error for an unknown `name`, with the nearest of the `known` names."""
-    return BackbonedError(ErrorKind.NOT_FOUND, f"unknown {what} {name!r}{suggestion(name, known)}{hint}", field=field)
+    message = f"unknown {what} {name[:80]!r}{suggestion(name, known)}{hint}"
+    return BackbonedError(ErrorKind.NOT_FOUND, message, field=field)
 
 
 def invalid(message: str, *, field: str | None = None) -> BackbonedError:

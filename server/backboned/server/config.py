@@ -140,12 +140,12 @@ class Config(BaseSettings):
     @field_validator("checkpoint_dir", "state_dir", "ready_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return value.expanduser().absolute() if value else None
+        return _expanded(value) if value else None
 
     @field_validator("data_root")
     @classmethod
     def _folders(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        folders = tuple(path.expanduser().absolute() for path in value)
+        folders = tuple(_expanded(path) for path in value)
         if missing := [path for path in folders if not path.is_dir()]:
             raise ValueError(f"no such folder: {missing[0]}")
         return folders
@@ -153,10 +153,17 @@ class Config(BaseSettings):
     @field_validator("weights")
     @classmethod
     def _files(cls, value: Mapping[str, Path]) -> Mapping[str, Path]:
-        files = {name: path.expanduser().absolute() for name, path in value.items()}
+        files = {name: _expanded(path) for name, path in value.items()}
         if missing := [path for path in files.values() if not path.is_file()]:
             raise ValueError(f"no such file: {missing[0]}")
         return files
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"no such user's home folder: {path}") from error
 
 
 @dataclass(frozen=True)

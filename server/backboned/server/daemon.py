@@ -117,7 +117,7 @@ class Daemon:
         await first_look
         await self.jobs.start()
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
-        await self.grpc.set_serving(True)
+        self.grpc.set_serving(True)
         self._not_ready_reason = None
         host = f"[{http_host}]" if ":" in http_host else http_host
         return {"grpc": f"{host}:{grpc_port}", "http": f"http://{host}:{http_port}"}
@@ -125,7 +125,7 @@ class Daemon:
     async def stop(self) -> None:
         """Say that no more is served, finish what is under way within the drain time, and stop all parts."""
         self._not_ready_reason = "stopping"
-        await self.grpc.set_serving(False)
+        self.grpc.set_serving(False)
         drain = self._config.drain_seconds
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
         self.predictor.close()

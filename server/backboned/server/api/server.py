@@ -1,11 +1,15 @@
 """The gRPC server: the service, health and reflection on one port."""
 
+import errno
+
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from backboned.server.api.errors import ErrorInterceptor
+from backboned.server.api.health import Health
 from backboned.server.api.service import ModelService
+from backboned.server.listening import listen
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1 import model_service_pb2_grpc as pb_grpc
 
@@ -24,7 +28,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICE)
         pb_grpc.add_ModelServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -34,20 +38,18 @@ class GrpcServer:
         """Listen; return the port, a free one for 0. Raises `OSError` if it can't be had."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
+            listen(host, port, "gRPC").close()  # gRPC itself would say less, on lines of its own
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"can't listen on {address} for gRPC: is another daemon running there?") from error
-        if bound == 0:
-            raise OSError(f"can't listen on {address} for gRPC")
+            raise OSError(errno.EADDRNOTAVAIL, f"can't listen on {address} for gRPC: {error}") from error
         await self._server.start()
         return bound
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """What health answers, for the server as a whole and for the service."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+        self._health.set_serving(serving)
 
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new calls, finish those in flight within `drain_seconds`, then cancel the rest."""
+        self._health.end()
         await self._server.stop(drain_seconds)

@@ -10,13 +10,15 @@ import grpc
 from backboned.registry.backbone import Backbone
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
-from backboned.registry.errors import BackbonedError, invalid, not_found
+from backboned.registry.errors import invalid, not_found
+from backboned.registry.manifest import check_name
 from backboned.registry.query import paginate, parse_filter, parse_order
 from backboned.registry.weights import WeightStore
 from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message, model_message
 from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_fields, job_message, to_options
 from backboned.server.api.not_yet import NotYet
 from backboned.server.api.predictions import to_call, to_response
+from backboned.server.api.streams import in_order
 from backboned.server.serving.aliases import Aliases
 from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
 from backboned.server.serving.loader import Loader
@@ -119,39 +121,11 @@ class ModelService(NotYet):
         """Classify images."""
         return to_response(await self._rooms.predictor.predict(to_call(request)))
 
-    async def PredictStream(
+    def PredictStream(
         self, requests: AsyncIterator[pb.PredictRequest], context: Context
     ) -> AsyncIterator[pb.PredictResponse]:
-        """Classify image after image; a few requests are under way at once, and answers keep their order."""
-        running: asyncio.Queue[asyncio.Task[pb.PredictResponse] | None] = asyncio.Queue(_STREAM_WINDOW)
-
-        async def read() -> None:
-            try:
-                async for request in requests:
-                    await running.put(asyncio.create_task(self.Predict(request, context)))
-            finally:
-                await running.put(None)
-
-        reader = asyncio.create_task(read())
-        index = 0
-        try:
-            while (task := await running.get()) is not None:
-                try:
-                    yield await task
-                except BackbonedError as error:
-                    raise BackbonedError(
-                        error.kind,
-                        f"request {index} of the stream: {error.message}",
-                        field=error.field,
-                        retry_delay_seconds=error.retry_delay_seconds,
-                    ) from error
-                index += 1
-            await reader
-        finally:
-            reader.cancel()
-            while not running.empty():
-                if (rest := running.get_nowait()) is not None:
-                    rest.cancel()
+        """Classify images, request after request."""
+        return in_order(requests, lambda request: self.Predict(request, context), window=_STREAM_WINDOW)
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Context) -> pb.ListBackbonesResponse:
         """The backbones, and the broken plugins."""
@@ -214,7 +188,7 @@ class ModelService(NotYet):
             await self._look()
             if not (rows := read()):
                 known = self._rooms.loader.snapshot.models
-                if model not in known and not self._rooms.directory.versions(model):
+                if model not in known and not self._rooms.directory.versions(check_name(model)):
                     raise not_found("model", model, known, field="model")
         return rows
 

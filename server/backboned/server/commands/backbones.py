@@ -65,8 +65,8 @@ def check(
 
 
 def _weights(source: str) -> str:
-    """`download`, the name of a file, or nothing."""
-    return "download" if source.startswith(("http://", "https://")) else source.rpartition("/")[2]
+    """`download`, `file` or nothing; --json has the whole of it."""
+    return "download" if source.startswith(("http://", "https://")) else "file" if source else ""
 
 
 def _show_broken(known: pb.ListBackbonesResponse) -> None:

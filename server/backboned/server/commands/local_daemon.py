@@ -61,6 +61,11 @@ class LocalDaemon:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+        return self._process.pid
+
     def wait(self) -> None:
         """Wait until it ends by itself."""
         self._process.wait()

@@ -96,16 +96,6 @@ def runs(names: Iterable[str]) -> str:
     return " ".join(f"{run[0]}…{run[-1]}" if len(run) > 2 else " ".join(run) for run in grouped)
 
 
-def size(size_bytes: int) -> str:
-    """`82.1 kB`, `97.8 MB`."""
-    amount = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000 or unit == "GB":
-            break
-        amount /= 1000
-    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-
-
 def duration(seconds: float) -> str:
     """`8.3 s`, `2m 05s`, `1h 12m`."""
     if seconds < 60:

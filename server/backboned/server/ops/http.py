@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -13,6 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
+
+from backboned.server.listening import listen
 
 NotReadyReason = Callable[[], str | None]
 """Why the daemon isn't ready to serve, in a line, or None when it is. Called in the event loop: it must not block."""
@@ -76,8 +77,7 @@ class HttpServer:
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Listen on `host` and `port` (0: a free one); returns the address that it got. Raises `OSError`."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=128)
+        listener = listen(host, port, "HTTP")
         address: tuple[str, int] = listener.getsockname()[:2]
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
         return address

@@ -69,9 +69,10 @@ class Aliases:
     def _expect(self, model: str, alias: str, expected: int | None) -> None:
         current = self.of(model).get(alias, 0)
         if expected is not None and current != expected:
+            where = f"version {current}" if current else "no version"
             raise BackbonedError(
                 ErrorKind.ABORTED,
-                f"alias {alias!r} of {model} points to version {current}, not to {expected}: read it again and retry",
+                f"alias {alias!r} of {model} points to {where}, not to {expected}: read it again and retry",
                 field="expected_version",
             )
 

@@ -68,9 +68,11 @@ class KnownModel:
     @property
     def default(self) -> LoadedModel | None:
         """What answers when no version is asked for: the newest loaded version that is complete, else the newest."""
-        loaded = [self.versions[v].loaded for v in sorted(self.versions, reverse=True)]
-        present = [m for m in loaded if m is not None]
-        return next((m for m in present if m.manifest.complete), present[0] if present else None)
+        newest_first = [self.versions[v] for v in sorted(self.versions, reverse=True)]
+        # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
+        complete = (v.loaded for v in newest_first if v.loaded is not None and v.manifest.complete)
+        any_at_all = (v.loaded for v in newest_first if v.loaded is not None)
+        return next(complete, None) or next(any_at_all, None)
 
 
 @dataclass(frozen=True)

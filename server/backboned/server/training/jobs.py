@@ -147,6 +147,11 @@ class JobStore:
         with Session(self._engine) as session:
             return [_job(row) for row in session.scalars(query)]
 
+    def last_version(self, model: str) -> int:
+        """The highest version that a job of the model was to write; 0 if there was none."""
+        with Session(self._engine) as session:
+            return session.scalar(select(func.max(_JobRow.version)).where(_JobRow.model == model)) or 0
+
     def counts(self) -> dict[JobState, int]:
         """How many jobs are in each state."""
         with Session(self._engine) as session:

@@ -192,7 +192,7 @@ class JobSupervisor:
                 retry_delay_seconds=_FULL_RETRY_SECONDS,
             )
         try:
-            version = self._directory.reserve(request.model)
+            version = self._directory.reserve(request.model, above=self._store.last_version(request.model))
         except OSError as error:
             raise BackbonedError(
                 ErrorKind.RESOURCE_EXHAUSTED, f"no folder can be made in the checkpoint directory: {error.strerror}"

@@ -48,6 +48,7 @@ def fine_tune(
     )
     epochs: list[pb.EpochMetrics] = []
     feature_seconds = 0.0
+    in_memory = 0
     for event in client.watch(job.id):
         kind = event.WhichOneof("event")
         if kind == "feature_progress" and event.feature_progress.images_per_second > 0:
@@ -56,15 +57,14 @@ def fine_tune(
             epochs.append(event.epoch)
             say(f"epoch {event.epoch.epoch:>2}/{budget.epochs}  validation accuracy {event.epoch.val_accuracy:.3f}")
         elif kind == "checkpoint":
-            say(
-                f"  {event.checkpoint.uri.rpartition('/')[2]} written; in memory now: {_in_memory(client, job.version)}"
-            )
+            in_memory = _tell_loaded(client, job.version, in_memory, say)
         elif kind == "log":
             say(event.log)
     job = client.get_job(job.id)
     if job.state != pb.JOB_STATE_SUCCEEDED:
         raise BackbonedError(ErrorKind.INTERNAL, f"the job ended as {pb.JobState.Name(job.state)}: {job.error}")
     _wait_until_serving(client, job.version)
+    _tell_loaded(client, job.version, in_memory, say)
     train_seconds = sum(job_epoch_seconds(epoch, _train_images(labelled)) for epoch in epochs)
     curve = Curve(
         [epoch.val_loss for epoch in epochs],
@@ -84,13 +84,16 @@ def _train_images(labelled: Path) -> int:
     return sum(1 for _ in labelled.glob("train/*/*.png"))
 
 
-def _in_memory(client: Client, version: int) -> str:
+def _tell_loaded(client: Client, version: int, known: int, say: Callable[[str], None]) -> int:
+    """Tell which epoch of `version` the watcher has loaded by now, if it isn't the one that is `known`; return it."""
     try:
         versions = client.get_model(MODEL).versions
-    except ClientError:  # not known before its first checkpoint was seen
-        return "nothing yet"
-    found = [f"version {v.version}, epoch {v.checkpoint.epoch}" for v in versions if v.loaded and v.version == version]
-    return found[0] if found else "nothing of it yet"
+    except ClientError:  # the model isn't known before its first checkpoint was seen
+        return known
+    epoch = next((v.checkpoint.epoch for v in versions if v.loaded and v.version == version), known)
+    if epoch != known:
+        say(f"  hot-loaded: version {version} answers with what epoch {epoch} left")
+    return epoch
 
 
 def _wait_until_serving(client: Client, version: int) -> None:

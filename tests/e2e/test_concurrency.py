@@ -1,0 +1,97 @@
+"""Many callers at once, over models on different backbones and versions of one, while a FineTune runs."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from io import BytesIO
+
+import grpc
+import pytest
+from PIL import Image
+
+from backboned.client import Client
+from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.v1 import model_service_pb2 as pb
+from backboned.v1.model_service_pb2_grpc import ModelServiceStub
+
+CALLS = 1000
+TARGETS: tuple[tuple[str, dict[str, object], int], ...] = (
+    ("flowers", {}, 3),
+    ("flowers", {"version": 1}, 1),
+    ("flowers", {"version": 2}, 2),
+    ("flowers", {"version": 3}, 3),
+    ("flowers", {"alias": "stable"}, 1),
+    ("flowers", {"alias": "latest"}, 3),
+    ("scenes", {}, 1),
+)
+
+
+@pytest.fixture
+def training(client: Client, train_long: Callable[[Client, str], pb.Job]) -> Iterator[str]:
+    """The id of a job that trains the next version of `flowers`, and has a checkpoint already."""
+    job = train_long(client, "flowers")
+    yield job.id
+    assert client.cancel_job(job.id).state == pb.JOB_STATE_CANCELLED
+
+
+def pictures(photo: bytes) -> list[Image.Image]:
+    """Different views of a photo, of different sizes."""
+    whole = Image.open(BytesIO(photo)).convert("RGB")
+    turned = [whole.rotate(40 * i).crop((10 * i, 5 * i, 320 - 10 * i, 240 - 5 * i)) for i in range(6)]
+    return [whole, whole.convert("L").convert("RGB"), *turned]
+
+
+def bmp(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "BMP")
+    return file.getvalue()
+
+
+async def test_a_thousand_calls_at_once_are_all_answered_right_while_a_finetune_runs(
+    served: LocalDaemon,
+    client: Client,
+    training: str,
+    truth: Callable[[str, int, Image.Image], dict[str, float]],
+    photo: bytes,
+) -> None:
+    views = pictures(photo)
+    files = [bmp(view) for view in views]
+    expected = {
+        (model, version, i): truth(model, version, view)
+        for model, version in {(model, version) for model, _, version in TARGETS}
+        for i, view in enumerate(views)
+    }
+    rng = random.Random(0)
+    plan = [
+        (target, rng.sample(range(len(views)), rng.randint(1, 3)))
+        for target in itertools.islice(itertools.cycle(TARGETS), CALLS)
+    ]
+    epochs_before = epochs(client, training)
+
+    async with grpc.aio.insecure_channel(served.grpc) as channel:
+        stub = ModelServiceStub(channel)
+
+        async def ask(target: tuple[str, dict[str, object], int], images: list[int]) -> pb.PredictResponse:
+            model, which, _ = target
+            sent = [pb.Image(encoded=files[i]) for i in images]
+            return await stub.Predict(pb.PredictRequest(model=model, images=sent, **which))  # type: ignore[arg-type]
+
+        answers = await asyncio.gather(*(ask(*call) for call in plan))
+
+    assert len(answers) == CALLS
+    for ((model, which, version), images), answer in zip(plan, answers, strict=True):
+        assert (answer.model, answer.version) == (model, version), which
+        assert len(answer.predictions) == len(images)
+        for i, prediction in zip(images, answer.predictions, strict=True):
+            found = {c.label: c.probability for c in prediction.classes}
+            assert found == pytest.approx(expected[model, version, i], abs=1e-4)
+    assert len({p.id for a in answers for p in a.predictions}) == sum(len(images) for _, images in plan)
+    assert client.get_job(training).state == pb.JOB_STATE_RUNNING
+    assert epochs(client, training) > epochs_before
+
+
+def epochs(client: Client, job_id: str) -> int:
+    """How many epochs a job has on disk."""
+    version = client.get_job(job_id).version
+    return len(list(client.list_checkpoints(model="flowers", filter=f"version = {version}")))

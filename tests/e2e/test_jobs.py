@@ -1,0 +1,83 @@
+"""Jobs over the wire: watched from anywhere, cancelled in any state, and a trainer that is killed."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backboned.client import Client
+from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.v1 import model_service_pb2 as pb
+
+TrainLong = Callable[[Client, str], pb.Job]
+
+
+def test_a_job_is_watched_from_its_middle_and_after_its_end(client: Client, trained: pb.Job) -> None:
+    events = list(client.watch(trained.id))
+    assert [e.sequence for e in events] == list(range(1, len(events) + 1))
+    states = [e.state for e in events if e.WhichOneof("event") == "state"]
+    assert states == [pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING, pb.JOB_STATE_SUCCEEDED]
+    assert [e.epoch.epoch for e in events if e.HasField("epoch")] == [1, 2]
+    assert [e.checkpoint.epoch for e in events if e.HasField("checkpoint")] == [1, 2]
+    assert events[-1].state == pb.JOB_STATE_SUCCEEDED
+    middle = len(events) // 2
+    assert list(client.watch(trained.id, after_sequence=middle)) == events[middle:]
+    assert list(client.watch(trained.id, after_sequence=len(events))) == []
+
+
+def test_jobs_are_listed_newest_first_in_pages_and_by_filter(client: Client, trained: pb.Job) -> None:
+    paged = [j.id for j in client.list_jobs(page_size=1)]
+    assert paged == [j.id for j in client.list_jobs()] and trained.id in paged
+    found = list(client.list_jobs(model="squares", filter="state = SUCCEEDED AND version >= 1"))
+    assert found == [client.get_job(trained.id)]
+    assert found[0].request.request_id == "squares-1" and found[0].request.options.max_epochs == 2
+
+
+def test_a_running_and_a_waiting_job_are_cancelled(client: Client, train_long: TrainLong) -> None:
+    running = train_long(client, "long")
+    waiting = client.fine_tune("long", "digits", "squares")
+    assert client.get_job(waiting.id).state == pb.JOB_STATE_QUEUED
+
+    cancelled = client.cancel_job(waiting.id)
+    assert cancelled.state == pb.JOB_STATE_CANCELLED and not cancelled.HasField("start_time")
+    events = [e.state for e in client.watch(waiting.id)]
+    assert events == [pb.JOB_STATE_QUEUED, pb.JOB_STATE_CANCELLED]
+
+    watch = client.watch(running.id, after_sequence=2)
+    assert next(watch).sequence == 3
+    ended = client.cancel_job(running.id)
+    assert ended.state == pb.JOB_STATE_CANCELLED and ended.error == "" and ended.HasField("end_time")
+    assert list(watch)[-1].state == pb.JOB_STATE_CANCELLED  # also for those who watched
+    assert client.cancel_job(running.id) == ended
+    kept = list(client.list_checkpoints(model="long"))
+    assert {c.version for c in kept} == {running.version} and ended.best in kept
+    for checkpoint in kept:
+        assert Path(checkpoint.uri.removeprefix("file://")).is_file()
+
+
+def test_a_trainer_that_is_killed_fails_its_job_and_nothing_else(
+    served: LocalDaemon, client: Client, train_long: TrainLong, photo: bytes, trainers: Callable[[int], list[int]]
+) -> None:
+    before = client.predict("flowers", photo).predictions[0].classes
+    job = train_long(client, "killed")
+    (pid,) = trainers(served.pid)
+    os.kill(pid, signal.SIGKILL)
+    ended = client.wait(job.id)
+    assert ended.state == pb.JOB_STATE_FAILED
+    assert "killed by SIGKILL (most often the system is out of memory: lower batch_size)" in ended.error
+    assert f"are kept as version {job.version}; start it again with warm_start_version={job.version}" in ended.error
+    assert client.predict("flowers", photo).predictions[0].classes == before
+    assert list(client.list_checkpoints(model="killed", filter=f"version = {job.version} AND best = true"))
+
+
+@pytest.fixture
+def trainers() -> Callable[[int], list[int]]:
+    """The trainer processes below a daemon's process."""
+
+    def find(daemon: int) -> list[int]:
+        children = " ".join(p.read_text() for p in Path(f"/proc/{daemon}/task").glob("*/children"))
+        return [int(c) for c in children.split() if b"training.trainer" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+    return find

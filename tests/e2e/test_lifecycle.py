@@ -1,0 +1,189 @@
+"""A daemon starts, stops while it is busy, is killed, and comes back: nothing is lost that was promised."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+from torch import nn
+
+from backboned.client import Client
+from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.v1 import model_service_pb2 as pb
+from backboned.v1.model_service_pb2_grpc import ModelServiceStub
+
+Start = Callable[[], LocalDaemon]
+Connect = Callable[[LocalDaemon], Client]
+WaitFor = Callable[[Callable[[], object]], None]
+TrainLong = Callable[[Client, str], pb.Job]
+
+
+@pytest.fixture
+def ports() -> tuple[int, int]:
+    """Two ports that are free, for a daemon that comes back to them."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+@pytest.fixture
+def flags(ports: tuple[int, int], data: Path, digits_weights: Path) -> list[str]:
+    """Flags of a daemon that may train."""
+    grpc_port, http_port = ports
+    return [
+        f"--grpc-port={grpc_port}",
+        f"--http-port={http_port}",
+        f"--data-root={data}",
+        f"--weights=digits={digits_weights}",
+    ]
+
+
+@pytest.fixture
+def start(
+    start_daemon: Callable[..., LocalDaemon],
+    flags: list[str],
+    tmp_path: Path,
+    networks: dict[tuple[str, int], nn.Module],
+) -> Callable[[], LocalDaemon]:
+    """Starts the daemon, again and again, on the same ports and folders, with a version of `flowers`."""
+    (tmp_path / "checkpoints" / "flowers").mkdir(parents=True)
+    torch.save(networks["flowers", 1].state_dict(), tmp_path / "checkpoints" / "flowers" / "dropped.pt")
+    return lambda: start_daemon(*flags)
+
+
+def serves(client: Client, model: str) -> bool:
+    return any(m.name == model and m.serving_version for m in client.list_models())
+
+
+def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
+    start: Start, ports: tuple[int, int], tmp_path: Path, fetch: Callable[[str], str], wait_for: WaitFor
+) -> None:
+    http = f"http://127.0.0.1:{ports[1]}"
+    # A manifest that can't be read to its end holds the first look at the folder.
+    manifest = tmp_path / "checkpoints" / "held" / "1" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    os.mkfifo(manifest)
+    with ThreadPoolExecutor() as aside:
+        starting = aside.submit(start)
+        wait_for(lambda: starting.done() or fetch(f"{http}/healthz"))
+        assert fetch(f"{http}/healthz") == "alive\n"
+        assert fetch(f"{http}/readyz") == "starting: models are being loaded\n"
+        assert not starting.done()
+        with manifest.open("w"):
+            manifest.unlink()
+        daemon = starting.result()
+    assert fetch(f"{http}/readyz") == "ready\n"
+
+    with grpc.insecure_channel(daemon.grpc) as channel, Client(daemon.grpc) as client:
+        stub, health = ModelServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        wait_for(lambda: serves(client, "flowers"))
+        watches = [health.Watch(health_pb2.HealthCheckRequest(service=s)) for s in ("", "backboned.v1.ModelService")]
+        assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
+        slow = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=large_photo())] * 24)
+        in_flight = [stub.Predict.future(slow) for _ in range(2)]
+        wait_for(lambda: '_seconds_count{phase="decode"} 0.0' not in fetch(f"{http}/metrics"))
+
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
+        assert fetch(f"{http}/readyz") == "stopping\n"
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Predict(slow)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not any(call.done() for call in in_flight)
+        assert [len(call.result().predictions) for call in in_flight] == [24, 24]
+        assert [list(w) for w in watches] == [[], []]  # they end, and hold up nothing
+    daemon.wait()
+    assert daemon.stop() == 0
+
+
+def large_photo() -> bytes:
+    """A JPEG of 12 megapixels: some tenths of a second to decode, some tens of kilobytes."""
+    file = BytesIO()
+    Image.radial_gradient("L").resize((4000, 3000)).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_a_stop_fails_the_running_job_keeps_its_epochs_and_leaves_the_waiting_one(
+    start: Start, connect: Connect, train_long: TrainLong, wait_for: WaitFor
+) -> None:
+    first = start()
+    client = connect(first)
+    wait_for(lambda: serves(client, "flowers"))
+    client.set_alias("flowers", "kept", 1)
+    job = train_long(client, "long")
+    waiting = client.fine_tune("short", "digits", "squares", max_epochs=1)
+    watch = client.watch(job.id)
+    seen = [next(watch)]
+    assert first.stop() == 0
+
+    client = connect(start())
+    seen += watch  # it came back to its ports: the watcher goes on where it was
+    assert [e.sequence for e in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1].state == pb.JOB_STATE_FAILED
+    ended = client.get_job(job.id)
+    last = max(e.checkpoint.epoch for e in seen)
+    assert ended.error == (
+        f"the daemon stopped while it ran; epochs up to {last} are kept as version {job.version}; "
+        f"start it again with warm_start_version={job.version}"
+    )
+    assert {c.epoch for c in client.list_checkpoints(model="long")} == set(range(1, last + 1))
+    assert client.wait(waiting.id).state == pb.JOB_STATE_SUCCEEDED
+    assert client.get_model("flowers").aliases == {"kept": 1}
+
+
+def test_a_killed_daemon_comes_back_with_its_models_and_jobs_and_its_trainer_ends(
+    start: Start, connect: Connect, train_long: TrainLong, wait_for: WaitFor, photo: bytes
+) -> None:
+    first = start()
+    client = connect(first)
+    wait_for(lambda: serves(client, "flowers"))
+    before = client.predict("flowers", photo)
+    job = train_long(client, "long")
+    trainer = int(first.log.read_text().split("trainer process ")[1].split()[0])
+    assert lives(trainer)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+
+    client = connect(start())
+    after = client.predict("flowers", photo)  # ready means loaded
+    assert (after.version, after.predictions[0].classes) == (before.version, before.predictions[0].classes)
+    (listed,) = client.list_jobs()
+    assert (listed.id, listed.state, listed.version) == (job.id, pb.JOB_STATE_FAILED, job.version)
+    assert listed.error.startswith("the daemon stopped while it ran; epochs up to ")
+    wait_for(lambda: not lives(trainer))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_second_daemon_on_the_same_ports_or_folder_says_so_in_one_line(served: LocalDaemon, tmp_path: Path) -> None:
+    grpc_port, http_port = served.grpc.rpartition(":")[2], served.http.rpartition(":")[2]
+    state = next(a for a in Path(f"/proc/{served.pid}/cmdline").read_text().split("\0") if "--state-dir" in a)
+    own = [f"--state-dir={tmp_path / name}" for name in ("grpc", "http")]
+    clashes = {
+        f"can't listen on 127.0.0.1 port {grpc_port} for gRPC": [own[0], f"--grpc-port={grpc_port}", "--http-port=0"],
+        f"can't listen on 127.0.0.1 port {http_port} for HTTP": [own[1], "--grpc-port=0", f"--http-port={http_port}"],
+        "another daemon uses the state folder": [state, "--grpc-port=0", "--http-port=0"],
+    }
+    command = [sys.executable, "-m", "backboned.server.commands", "serve", f"--checkpoint-dir={tmp_path}"]
+    processes = [
+        subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for flags in clashes.values()
+    ]
+    for message, process in zip(clashes, processes, strict=True):
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output) == (1, "")
+        assert errors.startswith(f"error: {message}") and errors.count("\n") == 1, errors

@@ -4,6 +4,7 @@ A plugin describes a backbone; it never copies or rewrites the network. A stage 
 so `state_dict` keys stay those of the module that the plugin builds (torchvision's, timm's, its own).
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,8 +40,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= 2048 or not 1 <= self.resize_size <= 4096:
             raise invalid(f"preprocessing sizes must be 1…2048 (crop) and 1…4096 (resize), got {self}")
-        if any(s <= 0 for s in self.std):
-            raise invalid(f"preprocessing std must be positive, got {self.std}")
+        if not all(0 < s < math.inf for s in self.std) or not all(map(math.isfinite, self.mean)):
+            raise invalid(f"preprocessing needs a finite mean and a positive std, got {self.mean} and {self.std}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -76,8 +77,8 @@ class Preprocessing:
             if interpolation not in ("nearest", "bilinear", "bicubic"):
                 raise ValueError(f"unknown interpolation {interpolation!r}")
             return cls(int(values["resize_size"]), int(values["crop_size"]), mean, std, interpolation)
-        except (KeyError, TypeError, ValueError) as error:
-            raise invalid(f"malformed preprocessing {dict(values)!r}: {error!r}") from error
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise invalid(f"malformed preprocessing {values!r}: {error!r}") from error
 
 
 @dataclass(frozen=True)

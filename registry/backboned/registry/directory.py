@@ -5,7 +5,6 @@
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,26 +99,26 @@ class CheckpointDirectory:
         Names that begin with a dot are passed over. A link that leads out of the directory is refused.
         """
         seen = Seen()
-        real_root = self.root.resolve()
+        real_root = os.path.realpath(self.root)
         for folder in _entries(self.root):
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
-            for entry in _entries(Path(folder.path)):
-                self._look(seen, folder.name, entry, real_root)
+            try:
+                entries = _entries(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                if not self.root.is_dir():
+                    raise
+                continue  # a model that was removed meanwhile
+            for path in entries:
+                self._look(seen, path, real_root)
         return seen
 
-    def _look(self, seen: Seen, model: str, entry: "os.DirEntry[str]", real_root: Path) -> None:
-        path = Path(entry.path)
-        version = _version(entry.name)
-        if entry.name.startswith(".") or (version is None and path.suffix not in SUFFIXES):
+    def _look(self, seen: Seen, path: Path, real_root: str) -> None:
+        model, version = path.parent.name, _version(path.name)
+        if path.name.startswith(".") or (version is None and path.suffix not in SUFFIXES):
             return
-        if not path.resolve().is_relative_to(real_root):
-            seen.refused[path] = "it is a link that leads out of the checkpoint directory"
-            return
-        try:
-            check_name(model)
-        except BackbonedError as error:
-            seen.refused[path] = error.message
+        if (reason := _refusal(path, real_root)) is not None:
+            seen.refused[path] = reason
             return
         if version is not None:
             signature = Signature.of(path / MANIFEST_NAME)
@@ -134,13 +133,21 @@ class CheckpointDirectory:
             seen.refused[path] = "it is not a file"
 
 
-def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+def _refusal(path: Path, real_root: str) -> str | None:
+    """Why what is at `path` isn't even looked at; None if it is."""
+    if not Path(os.path.realpath(path)).is_relative_to(real_root):  # `Path.resolve` raises for a link to itself
+        return "it is a link that leads out of the checkpoint directory"
+    if path.name != path.name.encode("utf-8", "replace").decode():
+        return "its name is not UTF-8: rename it"
     try:
-        with os.scandir(folder) as entries:
-            yield from sorted(entries, key=lambda e: e.name)
-    except (FileNotFoundError, NotADirectoryError):
-        if not folder.parent.exists():
-            raise
+        check_name(path.parent.name)
+    except BackbonedError as error:
+        return error.message
+    return None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
 
 
 def _version(name: str) -> int | None:

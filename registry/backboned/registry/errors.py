@@ -27,8 +27,15 @@ class ErrorKind(Enum):
     INTERNAL = "internal"
 
 
+MAX_MESSAGE_BYTES = 1000
+"""Of UTF-8. A status travels in HTTP/2 headers, several times over, and these must stay below 8 kB."""
+
+
 class BackbonedError(Exception):
     """An error with a kind, and a message that says what was wrong and what to do.
+
+    The message may quote what came from outside: of one that is too long the end is left out, and what is no text
+    is escaped.
 
     `field` names the request field that is at fault (`images[2]`, `options.learning_rate`);
     `retry_delay_seconds` says when the same call may succeed.
@@ -42,9 +49,9 @@ class BackbonedError(Exception):
         field: str | None = None,
         retry_delay_seconds: float | None = None,
     ) -> None:
-        super().__init__(message)
         self.kind = kind
-        self.message = message
+        self.message = _presentable(message)
+        super().__init__(self.message)
         self.field = field
         self.retry_delay_seconds = retry_delay_seconds
 
@@ -73,3 +80,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         return "; none is known yet"
     shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
     return f"; known: {shown}"
+
+
+def _presentable(message: str) -> str:
+    encoded = message.encode("utf-8", "backslashreplace")
+    if len(encoded) > MAX_MESSAGE_BYTES:
+        encoded = encoded[: MAX_MESSAGE_BYTES - 3] + "…".encode()
+    return encoded.decode("utf-8", "ignore")

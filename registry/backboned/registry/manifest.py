@@ -14,6 +14,11 @@ from backboned.registry.task import Task
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_EPOCH = 2**31 - 1
+MAX_SIZE_BYTES = 2**63 - 1
+MAX_CREATE_TIME = 253_402_300_799
+"""The end of the year 9999."""
+
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -107,8 +112,9 @@ class Manifest:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
             values = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(values, ensure_ascii=False).encode("utf-8")  # `\ud800` is JSON, but no text
             return cls._parse(values, folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BackbonedError) as error:
+        except Exception as error:  # it may come from anywhere, and anything may be wrong with it
             raise BackbonedError(ErrorKind.DATA_LOSS, f"unreadable {MANIFEST_NAME}: {error!r}") from error
 
     @classmethod
@@ -117,11 +123,11 @@ class Manifest:
             raise ValueError(f"format {values['format']!r}, this version of Backboned reads {_FORMAT}")
         epochs = tuple(
             Epoch(
-                int(e["epoch"]),
+                int(_within(e["epoch"], MAX_EPOCH)),
                 _plain_name(e["file"]),
                 str(e["sha256"]),
-                int(e["size_bytes"]),
-                float(e["create_time"]),
+                int(_within(e["size_bytes"], MAX_SIZE_BYTES)),
+                float(_within(e["create_time"], MAX_CREATE_TIME)),
                 EpochMetrics(**{k: None if v is None else float(v) for k, v in e["metrics"].items()}),
             )
             for e in values["epochs"]
@@ -152,6 +158,12 @@ class Manifest:
 
 
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
+    if not isinstance(name, str) or not name or name != Path(name).name or name.startswith(".") or "\0" in name:
         raise ValueError(f"file name {name!r} must be a plain name")
     return name
+
+
+def _within(number: Any, most: int) -> Any:
+    if not 0 <= number <= most:
+        raise ValueError(f"{number!r} is not in 0…{most}")
+    return number

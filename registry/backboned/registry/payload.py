@@ -8,11 +8,12 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,14 +27,14 @@ SUFFIXES = (".pt", ".pth", ".safetensors")
 
 @dataclass(frozen=True)
 class Payload:
-    """Tensors by key, and what was beside them: a backbone's name, class names, an epoch, a loss, our own metadata.
+    """Tensors by key, and what was beside them: a backbone's name, an epoch, a loss, and further `metadata`.
 
-    `classes` is whatever stood under `classes` or `class_to_idx`, not yet looked at.
+    That is what our own trainer wrote, and under `classes` whatever stood under `classes` or `class_to_idx`; nobody has
+    looked at it yet.
     """
 
     tensors: Mapping[str, Tensor]
     backbone: str | None = None
-    classes: Any = None
     epoch: int | None = None
     loss: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -52,10 +53,11 @@ def refused(message: str) -> BackbonedError:
 
 
 def read_payload(path: Path, *, verified: bool = False) -> Payload:
-    """Read a `.pt`, `.pth` or `.safetensors` file. Raises `BackbonedError` `DATA_LOSS` with the reason and the remedy.
+    """Read a `.pt`, `.pth` or `.safetensors` file.
 
     Checks that archive members match their CRC (unless the file is `verified` by a digest already), that nothing but
     tensors and plain values is in the file, and that every tensor is a plain, finite one that its bytes really hold.
+    Raises `BackbonedError` `DATA_LOSS` with the reason and the remedy, and `OSError` if there's no file to read.
     """
     payload = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, verified)
     if not payload.tensors:
@@ -77,18 +79,21 @@ def _read_safetensors(path: Path) -> Payload:
 
 
 def _read_torch(path: Path, verified: bool) -> Payload:
+    archived = _is_archive(path)
+    if archived and not verified:
+        _check_members(path)  # first: whatever is compressed, torch would inflate
     with ThreadPoolExecutor(1) as aside:  # checksums and tensors are read side by side: both let go of the GIL
-        check = aside.submit(_is_archive if verified else _check_archive, path)
+        check = aside.submit(_check_sums, path) if archived and not verified else None
+        error: Exception | None = None
         try:
             with warnings.catch_warnings(action="ignore"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as malformed:  # torch.load raises nearly anything on malformed bytes
+            error = malformed
+        if check is not None:
             check.result()
-            raise _unsafe(error) from error
-        except Exception as error:  # torch.load raises nearly anything on malformed bytes
-            message = f"not a checkpoint that can be read: {_line(error)}"
-            raise (refused(message) if check.result() else IncompleteFile(message)) from error
-        check.result()
+    if error is not None:
+        raise _unreadable(error, archived) from error
     return _unwrap(content)
 
 
@@ -101,31 +106,43 @@ def _is_archive(path: Path) -> bool:
     return start[:2] == b"PK"
 
 
-def _check_archive(path: Path) -> bool:
-    """Check the members of an archive. False for a file that is none."""
-    if not _is_archive(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                raise refused("its archive is compressed, which torch.save never does")
-            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-                raise refused("this is a TorchScript program, not weights: save model.state_dict() instead")
-            if len(set(names)) != len(names):
-                raise refused("its archive has two members of one name")
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise IncompleteFile(f"the file is truncated or altered: {_line(error)}") from error
+def _check_members(path: Path) -> None:
+    """Check that an archive is one that `torch.save` may have written, by its table of contents."""
+    with _opened(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+            raise refused("this is a TorchScript program, not weights: save model.state_dict() instead")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise refused("its archive is compressed, which torch.save never does")
+        if len(set(names)) != len(names):
+            raise refused("its archive has two members of one name")
+
+
+def _check_sums(path: Path) -> None:
+    """Check that an archive's members match their CRC-32."""
+    with _opened(path) as archive:
+        broken = archive.testzip()
     if broken is not None:
         raise IncompleteFile(f"the file is altered: {broken!r} in it doesn't match its checksum")
-    return True
 
 
-def _unsafe(error: pickle.UnpicklingError) -> BackbonedError:
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise IncompleteFile(f"the file is truncated or altered: {_line(error)}") from error
+
+
+def _unreadable(error: Exception, archived: bool) -> BackbonedError:
+    """What is wrong with a file that torch doesn't load, though it is a whole archive if `archived`."""
+    if not isinstance(error, pickle.UnpicklingError):
+        message = f"not a checkpoint that can be read: {_line(error)}"
+        return refused(message) if archived else IncompleteFile(message)
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"(?:class|type|function) ([\w.]+)", str(error))
-    if found is None:
-        return refused(f"not a checkpoint that can be read: {_line(error)}")
+    if found is None:  # torch's own words advise to load it all the same
+        return refused("not a checkpoint that can be read: save model.state_dict() by torch.save")
     return refused(
         f"it holds a pickled object ({found.group(1)}), not just tensors, and loading it could run any code; it looks "
         "like torch.save(model): save the weights instead, torch.save(model.state_dict(), 'model.pt')"
@@ -147,14 +164,14 @@ def _unwrap(content: Any) -> Payload:
     backbone, epoch, loss = beside.get("backbone"), beside.get("epoch"), beside.get("loss")
     if isinstance(loss, Tensor) and loss.numel() == 1:
         loss = loss.item()
+    classes = next(({"classes": content[k]} for k in ("classes", "class_to_idx") if wrapped and k in content), {})
     metadata = beside.get("backboned")
     return Payload(
         tensors,
         backbone=backbone if isinstance(backbone, str) else None,
-        classes=next((content[k] for k in ("classes", "class_to_idx") if wrapped and k in content), None),
         epoch=epoch if isinstance(epoch, int) and 0 <= epoch < 2**31 else None,
         loss=float(loss) if isinstance(loss, int | float) else None,
-        metadata=cast("Mapping[str, Any]", metadata) if isinstance(metadata, Mapping) else {},
+        metadata=classes | {str(k): v for k, v in metadata.items()} if isinstance(metadata, Mapping) else classes,
     )
 
 

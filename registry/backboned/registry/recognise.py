@@ -122,14 +122,12 @@ class Blueprint:
 
     def read(self, state: Mapping[str, Tensor], *, partial: bool) -> Recognised:
         """`state` as stages; whole stages may be missing if `partial`. Raises `BackbonedError` `DATA_LOSS`."""
-        error: BackbonedError | None = None
         for candidate in (state, *self._unwrapped(state)):
             try:
                 return self._read(candidate, partial=partial)
-            except BackbonedError as misfit:
-                error = error or misfit
-        assert error is not None  # the loop ran at least once
-        raise error
+            except BackbonedError as error:
+                misfit = error  # the last one is of what is nearest to a bare state_dict
+        raise misfit
 
     def _read(self, state: Mapping[str, Tensor], *, partial: bool) -> Recognised:
         name = self.backbone.name

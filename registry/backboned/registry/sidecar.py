@@ -47,20 +47,34 @@ def read_sidecar(checkpoint: Path) -> Sidecar:
         if path.suffix == ".txt":
             return Sidecar(classes=tuple(line.strip() for line in text.splitlines() if line.strip()))
         return _parse(json.loads(text))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, BackbonedError) as error:
+    except (OSError, ValueError, RecursionError, BackbonedError) as error:
         raise refused(f"{path.name} beside it can't be used: {error}") from error
 
 
 def _parse(content: Any) -> Sidecar:
-    if not isinstance(content, Mapping):
-        return Sidecar(classes=parse_classes(content))
-    if not content.keys() & {"classes", "class_to_idx", "backbone", "task", "preprocessing"}:
-        return Sidecar(classes=parse_classes(content))
+    if isinstance(content, Mapping) and content.keys() & {
+        "classes",
+        "class_to_idx",
+        "backbone",
+        "task",
+        "preprocessing",
+    }:
+        return told_by(content)
+    return Sidecar(classes=parse_classes(content))
+
+
+def told_by(content: Mapping[str, Any]) -> Sidecar:
+    """What `content` tells under `classes` (or `class_to_idx`), `backbone`, `task` and `preprocessing`.
+
+    Raises `ValueError` or `BackbonedError`.
+    """
     classes = content.get("classes", content.get("class_to_idx"))
-    task, preprocessing = content.get("task"), content.get("preprocessing")
+    backbone, task, preprocessing = (content.get(k) for k in ("backbone", "task", "preprocessing"))
+    if not isinstance(backbone, str | None):
+        raise ValueError(f"backbone must be a name, got {backbone!r}")
     return Sidecar(
         classes=None if classes is None else parse_classes(classes),
-        backbone=content.get("backbone"),
+        backbone=backbone,
         task=None if task is None else Task(str(task).lower().removeprefix("task_")),
         preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing),
     )
@@ -74,10 +88,10 @@ def parse_classes(content: Any) -> tuple[str, ...]:
         return tuple(content)
     if isinstance(content, Mapping):
         if all(isinstance(v, int) for v in content.values()):
-            by_index = {v: str(k) for k, v in content.items()}
+            by_index = {v: k for k, v in content.items()}
         else:
-            by_index = {int(k): str(v) for k, v in content.items()}
+            by_index = {int(str(k)): v for k, v in content.items()}
         if sorted(by_index) != list(range(len(content))):
             raise ValueError(f"class indices must be 0…{len(content) - 1}, each once")
-        return tuple(by_index[i] for i in range(len(content)))
+        return parse_classes([by_index[i] for i in range(len(content))])
     raise ValueError(f"expected class names, got a {type(content).__name__}")

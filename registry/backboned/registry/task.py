@@ -69,6 +69,6 @@ def class_names(names: Sequence[str] | None, outputs: int, task: Task | None = N
     if len(set(names)) != len(names):
         twice = sorted({n for n in names if list(names).count(n) > 1})
         raise invalid(f"class names must differ; twice: {', '.join(map(repr, twice[:5]))}")
-    if any(not n.strip() for n in names):
-        raise invalid("class names must not be empty")
+    if bad := [n for n in names if not n.strip() or n != n.encode("utf-8", "replace").decode()]:
+        raise invalid(f"class names must be text, and not empty, got {bad[0]!r}")
     return task, tuple(names)

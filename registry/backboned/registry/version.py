@@ -16,10 +16,11 @@ from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomica
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
+from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.payload import Payload, read_payload, refused
 from backboned.registry.recognise import Recognised, Recogniser
-from backboned.registry.sidecar import Sidecar, parse_classes, read_sidecar
+from backboned.registry.sidecar import Sidecar, read_sidecar, told_by
 from backboned.registry.task import class_names
 from backboned.registry.weights import StageWeights, WeightStore
 
@@ -107,7 +108,7 @@ class VersionReader:
         found = self._recogniser.recognise(payload, manifest.backbone)
         if found.outputs != manifest.task.outputs(len(manifest.classes)):
             raise refused(f"{record.file} has {found.outputs} outputs for {len(manifest.classes)} classes")
-        expected = manifest.stages if record.epoch == manifest.best_epoch else payload.metadata.get("stages", {})
+        expected = manifest.stages if record.epoch == manifest.best_epoch else _foundations(payload)
         stages = self._assemble(found, expected)
         shared = found.missing or self._shared(found, stages)
         return VersionWeights(manifest, found.backbone, stages, shared)
@@ -125,9 +126,10 @@ class VersionReader:
             shutil.copyfile(drop.path, copy)
             with ThreadPoolExecutor(2) as aside:
                 sha256, synced = aside.submit(file_digest, copy), aside.submit(sync_path, copy)
-                payload, sidecar = read_payload(copy), read_sidecar(drop.path)
+                payload = read_payload(copy)
+                sidecar = _told(drop, payload)
                 found = self._recogniser.recognise(payload, sidecar.backbone)
-                stages = self._assemble(found, {})
+                stages = self._assemble(found, _foundations(payload))
             synced.result()
             manifest = _manifest(drop, payload, sidecar, found, stages)
             best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
@@ -135,30 +137,38 @@ class VersionReader:
             if previous is not None and _same(manifest, previous):
                 return None
             manifest = replace(manifest, version=self._directory.reserve(drop.model))
-            target = self._directory.version(drop.model, manifest.version)
-            copy.replace(target / best.file)
-            sync_path(target)
+            self._keep(copy, manifest)
         finally:
             copy.unlink(missing_ok=True)
-        manifest.write(target)
         return VersionWeights(manifest, found.backbone, stages, found.missing or self._shared(found, stages))
 
+    def _keep(self, copy: Path, manifest: Manifest) -> None:
+        """Move a checked file into the folder of its version, all or nothing."""
+        folder = self._directory.version(manifest.model, manifest.version)
+        try:
+            copy.replace(folder / manifest.best.file)
+            sync_path(folder)
+            manifest.write(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
     def _assemble(self, found: Recognised, expected: Mapping[str, str]) -> dict[str, StageWeights]:
-        """The weights of all stages: the file's own, and for the missing ones those of the backbone."""
+        """The weights of all stages: the file's own, and for the missing ones those of the backbone, if as expected."""
         stages: dict[str, StageWeights] = {}
         base = self._weights.stages(found.backbone.name) if found.missing else {}
         for stage in found.backbone.chain:
-            own = stage.name in found.stages
-            weights = StageWeights.of(found.stages[stage.name]) if own else base[stage.name]
+            if stage.name in found.stages:
+                stages[stage.name] = StageWeights.of(found.stages[stage.name])
+                continue
+            weights = stages[stage.name] = base[stage.name]
             digest = expected.get(stage.name, weights.digest)
             if weights.digest != digest:
-                whose = "its file has" if own else f"the weights of {found.backbone.name} given here have"
-                remedy = "" if own else "; start the daemon with the weights that it was trained on"
                 raise refused(
-                    f"it stands on a stage {stage.name!r} with digest {digest[:12]}…, but {whose} "
-                    f"{weights.digest[:12]}…{remedy}"
+                    f"it stands on a stage {stage.name!r} with digest {digest[:12]}…, but the weights of "
+                    f"{found.backbone.name} given here have {weights.digest[:12]}…; start the daemon with the weights "
+                    "that it was trained on"
                 )
-            stages[stage.name] = weights
         return stages
 
     def _shared(self, found: Recognised, stages: Mapping[str, StageWeights]) -> tuple[str, ...]:
@@ -171,7 +181,7 @@ def _manifest(
     drop: Drop, payload: Payload, sidecar: Sidecar, found: Recognised, stages: Mapping[str, StageWeights]
 ) -> Manifest:
     """The manifest of a dropped file, all but its version, digest and size."""
-    task, classes = class_names(_names(payload, sidecar), found.outputs, sidecar.task)
+    task, classes = class_names(sidecar.classes, found.outputs, sidecar.task)
     epoch = payload.epoch or 0
     name = f"epoch-{epoch:04d}{drop.path.suffix}"
     record = Epoch(epoch, name, "", 0, time.time(), EpochMetrics(train_loss=payload.loss))
@@ -204,10 +214,17 @@ def library_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "backboned": distribution_version("backboned")}
 
 
-def _names(payload: Payload, sidecar: Sidecar) -> tuple[str, ...] | None:
-    if sidecar.classes is not None or payload.classes is None:
-        return sidecar.classes
+def _told(drop: Drop, payload: Payload) -> Sidecar:
+    """What stands beside a dropped file; and where that says nothing, what the file says of itself."""
+    beside = {k: v for k, v in vars(read_sidecar(drop.path)).items() if v is not None}
     try:
-        return parse_classes(payload.classes)
-    except (ValueError, TypeError) as error:
-        raise refused(f"its class names can't be used: {error}") from error
+        inside = told_by({k: v for k, v in payload.metadata.items() if k not in beside})
+    except (ValueError, BackbonedError) as error:
+        raise refused(f"what it says of itself can't be used: {error}") from error
+    return replace(inside, **beside)
+
+
+def _foundations(payload: Payload) -> dict[str, str]:
+    """The digests of the stages that a file of our own trainer stands on; of another file nothing is known."""
+    stages = payload.metadata.get("stages")
+    return {str(k): str(v) for k, v in stages.items()} if isinstance(stages, Mapping) else {}

@@ -108,7 +108,8 @@ class StageStore:
 
     def loaded(self) -> tuple[int, int]:
         """How many stages are loaded, and their memory in bytes."""
-        stages = list(self._loaded.values())
+        # A list of references is made in one go; the stages themselves may come and go meanwhile.
+        stages = [s for reference in self._loaded.valuerefs() if (s := reference()) is not None]
         return len(stages), sum(s.size_bytes for s in stages)
 
     def _place(self, tensor: Tensor) -> Tensor:

@@ -70,6 +70,11 @@ class Library:
         """Quarantine a version as it is now."""
         self.quarantine[key] = Quarantine(reason, self.signatures[key], self._file_signature(key))
 
+    def settle(self, path: Path, state: DropState, reason: str = "") -> None:
+        """Note what a look into a dropped file has found."""
+        known = self.drops[path]
+        self.drops[path] = replace(known, state=state, reason=reason, attempts=known.attempts + 1)
+
     def adopted(self, model: str, name: str) -> Manifest | None:
         """The newest version that was adopted from the file of this name."""
         found = [m for k, m in self.manifests.items() if k[0] == model and m.adopted_from == name]
@@ -81,7 +86,7 @@ class Library:
         for (model, version), manifest in self.manifests.items():
             models.setdefault(model, {})[version] = self._version((model, version), manifest)
         refused = [*self._refused_versions(), *self._refused_drops()]
-        refused += [RefusedFile(p.parent.name, p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
+        refused += [RefusedFile(_text(p.parent.name), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
         served = {name: KnownModel(name, MappingProxyType(versions)) for name, versions in sorted(models.items())}
         return Snapshot(MappingProxyType(served), tuple(refused))
 
@@ -143,9 +148,9 @@ class Library:
         ]
 
 
-def settled(known: KnownDrop, state: DropState, reason: str = "") -> KnownDrop:
-    """`known` after a look into it."""
-    return replace(known, state=state, reason=reason, attempts=known.attempts + 1)
+def _text(name: str) -> str:
+    """A folder's name as text, even where it is none."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def version_numbers(models: Mapping[str, KnownModel]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from backboned.registry.version import VersionReader, VersionWeights
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.canary import Canary
 from backboned.server.compute.stages import StageStore
-from backboned.server.serving.library import Library, settled, version_numbers
+from backboned.server.serving.library import Library, version_numbers
 from backboned.server.serving.plan import Action, Adopt, DropState, Load, VersionKey, plan
 from backboned.server.serving.snapshot import LoadedModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
@@ -132,7 +132,12 @@ class Loader:
             self._watcher.ensure()
             with self._lock:
                 waiters, self._waiters = self._waiters, []
-            pause = self._round()
+            try:
+                pause = self._round()
+            except Exception as error:  # a defect of ours must not end the loader: what is loaded serves on
+                log.exception("the loader failed")
+                self._note_scan_error(f"the loader failed: {error!r}")
+                pause = self._settings.scan_interval_seconds
             for waiter in waiters:
                 if waiter.set_running_or_notify_cancel():
                     waiter.set_result(self._snapshot)
@@ -211,18 +216,17 @@ class Loader:
 
     def _adopt(self, action: Adopt) -> str:
         drop = action.drop
-        known = self._library.drops[drop.path]
         try:
             version = self._reader.adopt(drop, self._library.adopted(drop.model, drop.path.name))
         except (BackbonedError, OSError) as error:
             reason = error.message if isinstance(error, BackbonedError) else f"it can't be adopted: {error}"
             if isinstance(error, IncompleteFile) and not action.final:
-                self._library.drops[drop.path] = settled(known, DropState.WAITING, reason)
+                self._library.settle(drop.path, DropState.WAITING, reason)
                 return ""
             log.warning("%s is quarantined: %s", drop.path, reason)
-            self._library.drops[drop.path] = settled(known, DropState.QUARANTINED, reason)
+            self._library.settle(drop.path, DropState.QUARANTINED, reason)
             return "quarantined"
-        self._library.drops[drop.path] = settled(known, DropState.ADOPTED)
+        self._library.settle(drop.path, DropState.ADOPTED)
         if version is None:
             return ""
         log.info("%s is adopted as %s version %d", drop.path, drop.model, version.manifest.version)
@@ -236,8 +240,7 @@ class Loader:
         if isinstance(action, Load):
             self._library.refuse((action.manifest.model, action.manifest.version), reason)
         elif isinstance(action, Adopt):
-            known = self._library.drops[action.drop.path]
-            self._library.drops[action.drop.path] = settled(known, DropState.QUARANTINED, reason)
+            self._library.settle(action.drop.path, DropState.QUARANTINED, reason)
 
     def _weights_at_hand(self, manifest: Manifest) -> bool:
         """Whether the version can be read now; weights that must be downloaded first are fetched aside."""

@@ -120,6 +120,9 @@ def _desired(known: Known, max_loaded_versions: int) -> set[VersionKey]:
     for keys in by_model.values():
         keys.sort(key=lambda k: -k[1])
         desired.update(keys[:max_loaded_versions])
-        # A version in training must not push out the one that serves.
-        desired.update([k for k in keys if known.manifests[k].complete][:1])
+        complete = [k for k in keys if known.manifests[k].complete]
+        # A version in training must not push out the one that serves…
+        desired.update(complete[:1])
+        # …nor one that isn't loaded yet, and may never be.
+        desired.update([k for k in (*complete, *keys) if k in known.loaded][:1])
     return desired

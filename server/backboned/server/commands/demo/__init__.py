@@ -1,12 +1,14 @@
 """`backboned demo`: transfer learning seen at work, on handwritten digits, offline and in about a minute."""
 
+import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from backboned.server.commands.output import console, duration
+from backboned.server.commands.output import console, duration, print_json
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -16,6 +18,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Folder for what it makes; an earlier demo's is replaced.")
     ] = Path("demo-output"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and the story on stderr.")] = False,
 ) -> None:
     """Pretrain a small network on the digits 0-4, fine-tune it over gRPC for 5-9, and compare with starting afresh.
 
@@ -24,5 +27,8 @@ def demo(
     begin = time.perf_counter()
     from backboned.server.commands.demo.story import tell  # brings torch
 
-    tell(output)
-    console().print(f"\ndone in {duration(time.perf_counter() - begin)}", style="bold green")
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        result = tell(output)
+        console().print(f"\ndone in {duration(time.perf_counter() - begin)}", style="bold green")
+    if json:
+        print_json(result)

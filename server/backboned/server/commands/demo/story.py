@@ -5,6 +5,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ SHOWN_METRICS = (
 )
 
 
-def tell(output: Path) -> None:
-    """Run the whole demo and leave its pictures, weights and checkpoints in `output`."""
+def tell(output: Path) -> dict[str, Any]:
+    """Run the whole demo and leave its pictures, weights and checkpoints in `output`; returns the figures."""
     folder = fresh_folder(output)
     torch.set_num_threads(1)  # the network is so small that more would wait for each other
     backbone = Catalogue.from_entry_points().get("digits")
@@ -72,6 +73,21 @@ def tell(output: Path) -> None:
 
     _title("6. How to go on")
     _go_on(folder, weights, held_out[0])
+    return {
+        "held_out_images": len(held_out),
+        "images_a_class": IMAGES_A_CLASS,
+        "frozen_pretrained": _result([t.curve for t in tuned]),
+        "from_scratch": _result(scratch) | {"learning_rate": learning_rate},
+        "picture": str(picture),
+        "metrics": metrics,
+    }
+
+
+def _result(curves: Sequence[Curve]) -> dict[str, Any]:
+    return {
+        "held_out_accuracy": [curve.held_out_accuracy for curve in curves],
+        "training_seconds": [curve.seconds for curve in curves],
+    }
 
 
 def _pretrain(backbone: Backbone, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """One daemon that several files of tests ask, with models whose answers are known, and datasets good and bad."""
 
+import os
 import struct
 import time
 import urllib.error
@@ -28,7 +29,19 @@ from backboned.v1.model_service_pb2_grpc import ModelServiceStub
 
 FLOWERS = ("daisy", "dandelion", "roses", "sunflowers", "tulips")
 SCENES = ("city", "forest", "sea")
+BACKBONES = {"flowers": "digits", "scenes": "squeezenet1_1"}
 PATIENCE_SECONDS = 60.0
+WEIGHTLESS = """
+from dataclasses import replace
+
+from backboned.plugins.digits import digits
+from backboned.registry import register
+
+
+@register
+def weightless():
+    return replace(digits(), name="weightless")
+"""
 LARGE_MESSAGES = [("grpc.max_send_message_length", 2**28), ("grpc.max_receive_message_length", 2**28)]
 
 
@@ -90,6 +103,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def training_flags(data: Path, digits_weights: Path) -> list[str]:
+    """Flags of a daemon that may train digits on `data`."""
+    return [f"--data-root={data}", f"--weights=digits={digits_weights}"]
+
+
+@pytest.fixture(scope="session")
 def networks() -> Mapping[tuple[str, int], nn.Module]:
     """What is behind each version that is served: three of `flowers` on digits, one of `scenes` on squeezenet1_1."""
     digits = Catalogue.from_entry_points().get("digits")
@@ -123,25 +142,36 @@ def truth(networks: Mapping[tuple[str, int], nn.Module]) -> Callable[[str, int, 
 
 
 @pytest.fixture(scope="session")
+def weightless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A plugin module, importable by daemons that start now: a backbone of which nobody has weights."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "weightless.py").write_text(WEIGHTLESS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield "weightless"
+
+
+@pytest.fixture(scope="session")
 def served(
     tmp_path_factory: pytest.TempPathFactory,
     networks: Mapping[tuple[str, int], nn.Module],
-    data: Path,
-    digits_weights: Path,
+    training_flags: list[str],
+    weightless: str,
     wait_for: Callable[[Callable[[], object]], None],
 ) -> Iterator[LocalDaemon]:
     """A daemon that serves `networks`, has the alias `stable` of flowers on version 1, and may read `data`."""
     folder = tmp_path_factory.mktemp("served")
     for (model, version), network in networks.items():
         (folder / "checkpoints" / model).mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), folder / "checkpoints" / model / f"{version}.pt")
+        dropped = {"backbone": BACKBONES[model], "model_state_dict": network.state_dict()}
+        torch.save(dropped, folder / "checkpoints" / model / f"{version}.pt")
     (folder / "checkpoints" / "flowers" / "classes.txt").write_text("\n".join(FLOWERS))
     (folder / "checkpoints" / "scenes" / "classes.txt").write_text("\n".join(SCENES))
     flags = [
         f"--checkpoint-dir={folder / 'checkpoints'}",
         f"--state-dir={folder / 'state'}",
-        f"--data-root={data}",
-        f"--weights=digits={digits_weights}",
+        *training_flags,
+        f"--plugin={weightless}",
         "--device=cpu",
         "--grpc-port=0",
         "--http-port=0",

@@ -35,28 +35,17 @@ def ports() -> tuple[int, int]:
 
 
 @pytest.fixture
-def flags(ports: tuple[int, int], data: Path, digits_weights: Path) -> list[str]:
-    """Flags of a daemon that may train."""
-    grpc_port, http_port = ports
-    return [
-        f"--grpc-port={grpc_port}",
-        f"--http-port={http_port}",
-        f"--data-root={data}",
-        f"--weights=digits={digits_weights}",
-    ]
-
-
-@pytest.fixture
 def start(
     start_daemon: Callable[..., LocalDaemon],
-    flags: list[str],
+    training_flags: list[str],
+    ports: tuple[int, int],
     tmp_path: Path,
     networks: dict[tuple[str, int], nn.Module],
 ) -> Callable[[], LocalDaemon]:
     """Starts the daemon, again and again, on the same ports and folders, with a version of `flowers`."""
     (tmp_path / "checkpoints" / "flowers").mkdir(parents=True)
     torch.save(networks["flowers", 1].state_dict(), tmp_path / "checkpoints" / "flowers" / "dropped.pt")
-    return lambda: start_daemon(*flags)
+    return lambda: start_daemon(*training_flags, f"--grpc-port={ports[0]}", f"--http-port={ports[1]}")
 
 
 def serves(client: Client, model: str) -> bool:
@@ -87,7 +76,8 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
         wait_for(lambda: serves(client, "flowers"))
         watches = [health.Watch(health_pb2.HealthCheckRequest(service=s)) for s in ("", "backboned.v1.ModelService")]
         assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
-        slow = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=large_photo())] * 10)
+        images = 5 * (os.cpu_count() or 1)  # a second's work and more, on whatever machine
+        slow = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=large_photo())] * images)
         in_flight = [stub.Predict.future(slow) for _ in range(2)]
         wait_for(lambda: '_seconds_count{phase="decode"} 0.0' not in fetch(f"{http}/metrics"))
 
@@ -98,7 +88,7 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
             stub.Predict(slow)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert not any(call.done() for call in in_flight)
-        assert [len(call.result().predictions) for call in in_flight] == [10, 10]
+        assert [len(call.result().predictions) for call in in_flight] == [images] * 2
         assert [list(w) for w in watches] == [[], []]  # they end, and hold up nothing
     daemon.wait()
     assert daemon.stop() == 0
@@ -135,7 +125,7 @@ def test_a_stop_fails_the_running_job_keeps_its_epochs_and_leaves_the_waiting_on
         f"start it again with warm_start_version={job.version}"
     )
     assert {c.epoch for c in client.list_checkpoints(model="long")} == set(range(1, last + 1))
-    assert client.wait(waiting.id).state == pb.JOB_STATE_SUCCEEDED
+    assert any(e.state == pb.JOB_STATE_RUNNING for e in client.watch(waiting.id))  # its turn has come
     assert client.get_model("flowers").aliases == {"kept": 1}
 
 

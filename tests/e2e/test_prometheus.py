@@ -61,13 +61,14 @@ def query(
     ]
 
     def ask(expression: str) -> dict[str, float]:
-        reply = json.loads(fetch(f"http://{address}/api/v1/query?query={quote(expression)}") or "{}")
+        reply = json.loads(fetch(f"http://{address}/api/v1/query?query={quote(expression)}"))
         found = reply.get("data", {}).get("result", [])
         return {series["metric"].get("model", ""): float(series["value"][1]) for series in found}
 
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
+        wait_for(lambda: process.poll() is not None or "is Ready" in fetch(f"http://{address}/-/ready"))
         wait_for(lambda: process.poll() is not None or ask("up") == {"": 1.0})
         assert process.poll() is None, (folder / "prometheus.log").read_text()
         yield ask

@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from google.protobuf.message import Message
 from grpc import StatusCode
 
 from backboned.client import Client, ClientError, TrainingOptions
-from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
 
 Refusal = Callable[[str, Message], ClientError]
@@ -35,6 +33,7 @@ def nothing_started(client: Client) -> Iterator[None]:
         ({"backbone": "digit"}, "NOT_FOUND", "backbone", "did you mean 'digits'?"),
         ({"backbone": "resnet-18"}, "NOT_FOUND", "backbone", "'resnet18'"),
         ({"backbone": ""}, "NOT_FOUND", "backbone", "known: "),
+        ({"backbone": "weightless"}, "FAILED_PRECONDITION", "backbone", "with --weights weightless=FILE, a state_dict"),
         ({"dataset": ""}, "INVALID_ARGUMENT", "dataset", "give a folder below one of the daemon's data roots"),
         ({"dataset": "square"}, "NOT_FOUND", "dataset", "did you mean 'squares'?"),
         ({"dataset": "/etc"}, "PERMISSION_DENIED", "dataset", "outside the data roots"),
@@ -94,6 +93,11 @@ def test_an_option_out_of_range_is_named_with_its_range(
     assert message in error.message, error.message
 
 
+def test_backbones_without_weights_are_listed_as_such(client: Client) -> None:
+    weights = {b.name: b.weights for b in client.list_backbones().backbones}
+    assert weights["weightless"] == "" and weights["digits"].endswith("digits.pth")
+
+
 def test_a_warm_start_from_another_backbone_is_refused(refusal: Refusal) -> None:
     error = refusal("FineTune", finetune(model="scenes", options=pb.TrainingOptions(warm_start_version=1)))
     assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "options.warm_start_version")
@@ -124,17 +128,3 @@ def test_a_request_sent_twice_is_one_job_and_its_id_is_for_no_other(
         error = refusal("FineTune", other)
         assert (error.code, error.field) == (StatusCode.ALREADY_EXISTS, "request_id")
         assert "give each request one of its own" in error.message
-
-
-def test_a_daemon_without_weights_or_data_roots_says_how_to_give_them(
-    start_daemon: Callable[..., LocalDaemon], connect: Callable[[LocalDaemon], Client], data: Path, digits_weights: Path
-) -> None:
-    client = connect(start_daemon())
-    with pytest.raises(ClientError, match="--weights digits=FILE") as caught:
-        client.fine_tune("new", "digits", data / "squares")
-    assert (caught.value.code, caught.value.field) == (StatusCode.FAILED_PRECONDITION, "backbone")
-    with pytest.raises(ClientError, match="--data-root DIR") as caught:
-        client.fine_tune("new", "resnet18", data / "squares")
-    assert (caught.value.code, caught.value.field) == (StatusCode.PERMISSION_DENIED, "dataset")
-    digits = next(b for b in client.list_backbones().backbones if b.name == "digits")
-    assert digits.weights == ""

@@ -15,7 +15,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     On any error nothing is left behind and what was at `path` stays. Raises `OSError` as the file system does.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name[:100]}")
+    temporary = path.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
     try:
         with temporary.open("xb") as file:
             write(file)

@@ -115,7 +115,8 @@ class Manifest:
             json.dumps(values, ensure_ascii=False).encode("utf-8")  # `\ud800` is JSON, but no text
             return cls._parse(values, folder)
         except Exception as error:  # it may come from anywhere, and anything may be wrong with it
-            raise BackbonedError(ErrorKind.DATA_LOSS, f"unreadable {MANIFEST_NAME}: {error!r}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise BackbonedError(ErrorKind.DATA_LOSS, f"unreadable {MANIFEST_NAME}: {reason}") from error
 
     @classmethod
     def _parse(cls, values: Mapping[str, Any], folder: Path) -> "Manifest":

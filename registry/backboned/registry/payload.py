@@ -136,17 +136,17 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _unreadable(error: Exception, archived: bool) -> BackbonedError:
-    """What is wrong with a file that torch doesn't load, though it is a whole archive if `archived`."""
+    """What is wrong with a file that torch doesn't load. Unless it is an archive, nobody knows whether it is whole."""
     if not isinstance(error, pickle.UnpicklingError):
         message = f"not a checkpoint that can be read: {_line(error)}"
-        return refused(message) if archived else IncompleteFile(message)
-    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"(?:class|type|function) ([\w.]+)", str(error))
-    if found is None:  # torch's own words advise to load it all the same
-        return refused("not a checkpoint that can be read: save model.state_dict() by torch.save")
-    return refused(
-        f"it holds a pickled object ({found.group(1)}), not just tensors, and loading it could run any code; it looks "
-        "like torch.save(model): save the weights instead, torch.save(model.state_dict(), 'model.pt')"
-    )
+    elif found := re.search(r"(?:GLOBAL|class|type|function) (\w+(?:\.\w+)+)", str(error)):
+        message = (
+            f"it holds a pickled object ({found[1]}), not just tensors, and loading it could run any code; it looks "
+            "like torch.save(model): save the weights instead, torch.save(model.state_dict(), 'model.pt')"
+        )
+    else:  # torch's own words advise to load it all the same
+        message = "not a checkpoint that can be read: save model.state_dict() by torch.save"
+    return refused(message) if archived else IncompleteFile(message)
 
 
 def _unwrap(content: Any) -> Payload:

@@ -16,8 +16,6 @@ from backboned.registry.payload import Payload, refused
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that `DataParallel` and `torch.compile` put before every key."""
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 @dataclass(frozen=True)
 class Recognised:

@@ -37,7 +37,7 @@ class WeightStore:
         self._catalogue = catalogue
         self._files = dict(files or {})
         self._stages: dict[str, Mapping[str, StageWeights]] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}  # one for each backbone: a download may take minutes
 
     def stages(self, name: str) -> Mapping[str, StageWeights]:
         """The weights of a backbone by stage, its pretrained head included.
@@ -46,15 +46,14 @@ class WeightStore:
         `BackbonedError`: `FAILED_PRECONDITION` saying what to do if there are none, `NOT_FOUND` for an unknown name.
         """
         backbone = self._catalogue.get(name)
-        with self._lock:
+        with self._locks.setdefault(name, threading.Lock()):
             if name not in self._stages:
                 self._stages[name] = self._read(backbone)
             return self._stages[name]
 
     def loaded(self, name: str) -> Mapping[str, StageWeights]:
-        """The weights of a backbone by stage if they have been read already, else nothing."""
-        with self._lock:
-            return self._stages.get(name, {})
+        """The weights of a backbone by stage if they have been read already, else nothing; at once in any case."""
+        return self._stages.get(name, {})
 
     def is_local(self, name: str) -> bool:
         """Whether `stages` will answer without the network: read before, a file, or in torch's own cache."""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version as distribution_version
@@ -49,6 +50,8 @@ def run(config: Config) -> None:
     )
     for name in ("watchdog", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # watchdog sees a folder twice that is made while it adds the one above, and says so at length.
+    warnings.filterwarnings("ignore", "Callback with id .* already exists", RuntimeWarning)
     asyncio.run(_serve(config))
 
 

@@ -1,6 +1,6 @@
 """What is known and what is loaded, as one immutable value. Readers take a reference; the loader replaces it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -81,10 +81,3 @@ class Snapshot:
 
     models: Mapping[str, KnownModel] = field(default_factory=lambda: MappingProxyType({}))
     refused: tuple[RefusedFile, ...] = ()
-
-    def loaded(self) -> Iterator[LoadedModel]:
-        """All models in memory."""
-        for model in self.models.values():
-            for version in model.versions.values():
-                if version.loaded is not None:
-                    yield version.loaded

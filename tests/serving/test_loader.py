@@ -1,0 +1,212 @@
+"""The loader over a real directory, in this process: what is on disk is what answers."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backboned.plugins import digits
+from backboned.registry import BackbonedError, Catalogue, ErrorKind
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.weights import WeightStore, seeded_state
+from backboned.server.compute.device import Device
+from backboned.server.compute.stages import StageStore
+from backboned.server.database import open_database
+from backboned.server.ops.metrics import Metrics
+from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.engine import Engine
+from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.predictor import Call, Predictor, Result
+from backboned.server.serving.snapshot import State
+
+PATIENCE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Room:
+    root: Path
+    loader: Loader
+    aliases: Aliases
+    stages: StageStore
+    predict: Callable[..., Result]
+
+    def drop(self, model: str, seed: int, classes: int = 3) -> Path:
+        """Drop a state_dict of `digits` with its own head; returns the file."""
+        file = self.root / model / "model.pt"
+        file.parent.mkdir(exist_ok=True)
+        torch.save(state(seed, classes), file)
+        return file
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            self.loader.refresh().result(PATIENCE_SECONDS)
+
+    def wait_for_version(self, model: str, version: int) -> None:
+        self.wait(lambda: version in self.versions(model))
+
+    def versions(self, model: str) -> Mapping[int, State]:
+        known = self.loader.snapshot.models.get(model)
+        return {v: k.state for v, k in known.versions.items()} if known else {}
+
+
+def state(seed: int, classes: int) -> dict[str, torch.Tensor]:
+    (backbone,) = list(catalogue())
+    values = seeded_state(backbone, seed)
+    layer = backbone.head.layer
+    generator = torch.Generator().manual_seed(seed)
+    values[f"{layer}.weight"] = torch.randn(classes, backbone.feature_size, generator=generator)
+    values[f"{layer}.bias"] = torch.zeros(classes)
+    return values
+
+
+def catalogue() -> Catalogue:
+    made = Catalogue()
+    made.add(digits, "the plugin itself")
+    return made
+
+
+@pytest.fixture
+def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
+    with ExitStack() as stack:
+        (tmp_path / "checkpoints").mkdir()
+        database = open_database(tmp_path / "db.sqlite")
+        stack.callback(database.dispose)
+        telemetry = Metrics(version="0", torch_version="0", device="cpu")
+        aliases = Aliases(database)
+        stages = StageStore(Device.choose("cpu"))
+        directory = CheckpointDirectory(tmp_path / "checkpoints")
+        known = catalogue()
+        loader = Loader(
+            directory,
+            known,
+            WeightStore(known),
+            stages,
+            telemetry=telemetry,
+            settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5, max_loaded_versions=2),
+            pinned=aliases.all,
+        )
+        loader.start()
+        stack.callback(loader.stop)
+        engine = Engine(stages.device, telemetry)
+        engine.start()
+        stack.callback(engine.stop)
+
+        def predict(model: str, **call: Any) -> Result:
+            async def ask() -> Result:
+                predictor = Predictor(
+                    loader,
+                    aliases,
+                    engine,
+                    telemetry,
+                    decode_threads=1,
+                    max_image_pixels=10**6,
+                    max_queued_images=100,
+                    max_queued_bytes=10**7,
+                )
+                try:
+                    return await predictor.predict(Call(model, [photo], **call))
+                finally:
+                    predictor.close()
+
+            return asyncio.run(ask())
+
+        yield Room(tmp_path / "checkpoints", loader, aliases, stages, predict)
+
+
+def test_a_dropped_file_answers_and_a_second_one_takes_over(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    assert room.predict("m").version == 1
+    room.drop("m", seed=2)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING, 2: State.SERVING})
+    assert room.predict("m").version == 2
+    assert room.predict("m", version=1).predictions[0].classes != room.predict("m").predictions[0].classes
+
+
+def test_the_same_content_again_makes_no_version(room: Room) -> None:
+    file = room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    file.write_bytes(file.read_bytes())
+    marker = room.drop("other", seed=2)
+    room.wait(lambda: room.versions("other"))  # the look that finds this one has looked at the first, too
+    marker.unlink()
+    room.wait(lambda: not room.loader.snapshot.refused)
+    assert room.versions("m") == {1: State.SERVING}
+
+
+def test_versions_beyond_the_limit_are_loaded_when_they_are_asked_for(room: Room) -> None:
+    for version in (1, 2, 3):
+        room.drop("m", seed=version)
+        room.wait_for_version("m", version)
+    room.wait(lambda: room.versions("m") == {1: State.AVAILABLE, 2: State.SERVING, 3: State.SERVING})
+    assert room.predict("m", version=1).version == 1
+    assert room.predict("m").version == 3
+
+
+def test_an_alias_keeps_its_version_loaded(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: 1 in room.versions("m"))
+    room.aliases.set("m", "stable", 1)
+    for version in (2, 3, 4):
+        room.drop("m", seed=version)
+        room.wait_for_version("m", version)
+    room.wait(lambda: room.versions("m")[2] is State.AVAILABLE)
+    assert room.versions("m")[1] is State.SERVING
+    assert room.predict("m", alias="stable").version == 1
+    assert room.predict("m", alias="latest").version == 4
+
+
+def test_a_version_that_is_removed_is_retired_and_its_stages_are_freed(room: Room) -> None:
+    room.drop("m", seed=1).unlink()
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    (room.root / "m" / "model.pt").unlink()
+    shutil.rmtree(room.root / "m" / "1")
+    room.wait(lambda: not room.versions("m"))
+    with pytest.raises(BackbonedError, match="unknown model 'm'"):
+        room.predict("m")
+    room.wait(lambda: room.stages.loaded() == (0, 0))
+
+
+def test_a_directory_that_vanishes_and_comes_back_interrupts_nothing(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    room.root.rename(room.root.parent / "away")
+    room.wait(lambda: room.loader.scan_error)
+    assert room.predict("m").version == 1
+    (room.root.parent / "away").rename(room.root)
+    room.wait(lambda: not room.loader.scan_error)
+    room.drop("m", seed=2)
+    room.wait(lambda: 2 in room.versions("m"))
+    assert room.predict("m").version == 2
+
+
+def test_a_damaged_manifest_keeps_what_served_and_tells_why(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    manifest = room.root / "m" / "1" / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:50])
+    room.wait(lambda: room.versions("m") == {1: State.QUARANTINED})
+    assert room.predict("m").version == 1
+    manifest.write_text(whole)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+
+
+def test_what_is_not_there_is_told_with_the_nearest_name(room: Room) -> None:
+    room.drop("flowers", seed=1)
+    room.wait(lambda: room.versions("flowers"))
+    with pytest.raises(BackbonedError, match="did you mean 'flowers'") as caught:
+        room.predict("flower")
+    assert caught.value.kind is ErrorKind.NOT_FOUND
+    with pytest.raises(BackbonedError, match="unknown version of flowers '7'"):
+        room.predict("flowers", version=7)

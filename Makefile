@@ -20,6 +20,9 @@ export UV_DEFAULT_INDEX := $(value PIP_INDEX_URL)
 endif
 endif
 
+# The .venv is ours to write to: without bytecode every process would compile all of torch's modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## tell the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
 

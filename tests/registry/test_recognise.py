@@ -34,11 +34,10 @@ class Wrapper(nn.Module):
 def resnet18() -> nn.Module:
     """torchvision's own, with its 1000 logits, and with statistics that are not those of a fresh network."""
     torch.manual_seed(0)
-    network = models.resnet18()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network: nn.Module = models.resnet18()
+    for name, buffer in network.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(torch.rand_like(buffer), alpha=0.1)
     return network.eval()
 
 
@@ -56,17 +55,17 @@ def answers(found: Recognised, x: Tensor) -> Tensor:
     left = network.load_state_dict(tensors, strict=False)
     assert not left.unexpected_keys and all(k.endswith("num_batches_tracked") for k in left.missing_keys)
     with torch.inference_mode():
-        return network(x)
+        return torch.as_tensor(network(x))
 
 
 def own_answers(network: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
-        return network.eval()(x)
+        return torch.as_tensor(network.eval()(x))
 
 
-def refusal(recogniser: Recogniser, state: Mapping[str, Tensor], **told: str) -> str:
+def refusal(recogniser: Recogniser, state: Mapping[str, Tensor], name: str | None = None) -> str:
     with pytest.raises(BackbonedError) as caught:
-        recogniser.recognise(Payload(state, **told))
+        recogniser.recognise(Payload(state, backbone=name))
     assert caught.value.kind is ErrorKind.DATA_LOSS
     return caught.value.message
 
@@ -86,22 +85,16 @@ def test_a_bare_state_dict_with_any_number_of_classes(
     assert answers(found, IMAGES).equal(own_answers(network, IMAGES))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
-def test_torchvision_networks_are_told_apart(recogniser: Recogniser, catalogue: Catalogue, name: str) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
+def test_torchvision_networks_are_told_apart(recogniser: Recogniser, name: str) -> None:
     network = models.get_model(name, num_classes=4)
-    if name in catalogue.names():
-        found = recogniser.recognise(Payload(network.state_dict()))
-        assert (found.backbone.name, found.outputs) == (name, 4)
-        assert answers(found, PHOTOS).equal(own_answers(network, PHOTOS))
-    else:
-        message = refusal(recogniser, network.state_dict())
-        assert message.startswith("its keys (conv1.0.weight, ") and "fit no backbone that is known here" in message
+    found = recogniser.recognise(Payload(network.state_dict()))
+    assert (found.backbone.name, found.outputs) == (name, 4)
+    assert answers(found, PHOTOS).equal(own_answers(network, PHOTOS))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_data_parallel_and_compile_are_taken_off(
-    recogniser: Recogniser, state: State, prefix: str
-) -> None:
+def test_prefixes_of_data_parallel_and_compile_are_taken_off(recogniser: Recogniser, state: State, prefix: str) -> None:
     found = recogniser.recognise(Payload({prefix + k: t for k, t in state.items()}))
     assert (found.backbone.name, found.outputs) == ("digits", 3)
 
@@ -216,6 +209,7 @@ def having(key: str, tensor: Tensor) -> Callable[[State], State]:
         (without("fc.weight"), "it lacks 'fc.weight', the head of digits: save the head too"),
         (without("fc.bias"), "stage 'head' is there in part only: it lacks 'fc.bias'"),
         (without("layer2.body.0.1.running_var"), "stage 'layer2' is there in part only"),
+        (having("fc.weight", torch.zeros(3, 256, dtype=torch.int8)), "'fc.weight' has type torch.int8, which digits"),
         (having("extra.weight", torch.zeros(1)), "not a state_dict of digits: it has 'extra.weight'"),
     ],
 )
@@ -223,8 +217,7 @@ def having(key: str, tensor: Tensor) -> Callable[[State], State]:
 def test_what_does_not_fit_is_told(
     recogniser: Recogniser, state: State, change: Callable[[State], State], message: str, named: bool
 ) -> None:
-    told = {"backbone": "digits"} if named else {}
-    assert message in refusal(recogniser, change(state), **told)
+    assert message in refusal(recogniser, change(state), "digits" if named else None)
 
 
 def test_a_wrapped_one_that_does_not_fit_is_told_by_its_inner_keys(
@@ -266,7 +259,7 @@ def test_what_fits_two_backbones_is_refused_with_both_and_taken_with_a_name(digi
 def test_what_fits_nothing_is_refused_with_a_few_of_its_keys(recogniser: Recogniser) -> None:
     state = {"k" * 5000: torch.zeros(1), "\ud800": torch.zeros(1), "c": torch.zeros(1), "d": torch.zeros(1)}
     message = refusal(recogniser, state)
-    assert message.startswith("its keys (kkk") and "\ud800" not in message and len(message) <= 1000
+    assert message.startswith(f"its keys ({'k' * 60}, \\ud800, c, …) and shapes fit no backbone that is known here")
     assert "fit no backbone that is known here (0 are)" in refusal(Recogniser(Catalogue()), {"a.b": torch.zeros(1)})
 
 

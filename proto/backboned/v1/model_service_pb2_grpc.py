@@ -188,7 +188,7 @@ class ModelServiceServicer(object):
         """Checkpoints, one for each epoch on disk, and files that were dropped and refused, with the reason.
 
         NOT_FOUND            `model` is unknown
-        INVALID_ARGUMENT     a bad filter, order, page size or token: the message says where
+        INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,7 +78,7 @@ class ModelServiceStub:
     """Checkpoints, one for each epoch on disk, and files that were dropped and refused, with the reason.
 
       NOT_FOUND            `model` is unknown
-      INVALID_ARGUMENT     a bad filter, order, page size or token: the message says where
+      INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
     """
     Predict: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]
     """Classifies images. All images of a request are answered by one version of the model.
@@ -197,7 +197,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Checkpoints, one for each epoch on disk, and files that were dropped and refused, with the reason.
 
       NOT_FOUND            `model` is unknown
-      INVALID_ARGUMENT     a bad filter, order, page size or token: the message says where
+      INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
     """
     Predict: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]  # type: ignore[assignment]
     """Classifies images. All images of a request are answered by one version of the model.
@@ -349,7 +349,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Checkpoints, one for each epoch on disk, and files that were dropped and refused, with the reason.
 
           NOT_FOUND            `model` is unknown
-          INVALID_ARGUMENT     a bad filter, order, page size or token: the message says where
+          INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
         """
 
     @_abc_1.abstractmethod

@@ -71,7 +71,7 @@ class Recogniser:
         likeness, reason = max(misfits, default=(0.0, ""))
         if likeness > _LIKE:
             raise refused(reason)
-        keys = ", ".join(list(state)[:3])
+        keys = ", ".join(key[:60] for key in list(state)[:3])
         raise refused(
             f"its keys ({keys}, …) and shapes fit no backbone that is known here ({len(self._catalogue)} are); a part "
             f"of a state_dict needs the backbone's name, in the dict or in a JSON file beside it: {_EXAMPLE}"
@@ -91,6 +91,7 @@ class Blueprint:
         self.backbone = backbone
         state = backbone.module(device="meta").state_dict()
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(t.shape) for k, t in state.items() if not _ignored(k)}
+        self._floating = {k: t.is_floating_point() for k, t in state.items()}
 
     @property
     def weight_key(self) -> str:
@@ -138,6 +139,8 @@ class Blueprint:
                 found, expected = found[1:], expected[1:]
             if found != expected or tensor.dim() != len(self.shapes[key]):
                 raise refused(f"{key!r} has shape {list(tensor.shape)}, {name} needs {list(self.shapes[key])}")
+            if tensor.is_floating_point() != self._floating[key]:
+                raise refused(f"{key!r} has type {tensor.dtype}, which {name} can't compute with")
         if self.weight_key not in state:
             raise refused(f"it lacks {self.weight_key!r}, the head of {name}: save the head too")
         outputs = len(state[self.weight_key])

@@ -74,9 +74,9 @@ def test_it_is_found_also_below_stages_that_are_known_to_be_good(load: Load, dig
 
 
 def test_a_stage_that_does_not_run_is_told_by_name(load: Load, digits: Backbone, cpu: Device) -> None:
-    stem, _, *rest = load()
-    message = refusal(Canary(), (stem, *rest), digits, cpu)  # layer2 reads what layer1 gives
-    assert message.startswith("stage 'layer2' of digits doesn't run: ")
+    stem, layer1, _, *rest = load()
+    message = refusal(Canary(), (stem, layer1, *rest), digits, cpu)  # layer3 reads what layer2 gives
+    assert message.startswith("stage 'layer3' of digits doesn't run: ")
 
 
 def test_what_models_share_runs_once_for_each_size(load: Load, digits: Backbone, cpu: Device) -> None:

@@ -1,0 +1,262 @@
+"""The engine answers everything that is queued, in as few batches as it can, and each image for itself."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backboned.registry import Backbone, BackbonedError, ErrorKind, Head, Preprocessing, Stage
+from backboned.registry.manifest import Manifest
+from backboned.registry.weights import StageWeights
+from backboned.server.compute.device import Device
+from backboned.server.compute.preprocess import normalise
+from backboned.server.compute.stages import LoadedStage, StageStore
+from backboned.server.serving.engine import Answer, Engine
+from backboned.server.serving.snapshot import LoadedModel
+
+MakeNetwork = Callable[..., nn.Module]
+Load = Callable[..., LoadedModel]
+MakeEngine = Callable[..., Engine]
+TIMEOUT_SECONDS = 30.0
+
+
+@pytest.fixture
+def make_engine(telemetry: Any) -> Iterator[MakeEngine]:
+    """Makes engines; they aren't started yet, and are stopped at the end."""
+    made: list[Engine] = []
+
+    def make(precision: str = "fp32", **options: Any) -> Engine:
+        made.append(Engine(Device.choose("cpu", precision), telemetry, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.stop()
+
+
+def images(count: int, size: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8) for _ in range(count)]
+
+
+def expected(network: nn.Module, image: Tensor, preprocessing: Preprocessing) -> Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(network(normalise(image[None], preprocessing)))[0]
+
+
+async def outcome(futures: "list[asyncio.Future[Answer]]") -> list[Answer | BaseException]:
+    return await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), TIMEOUT_SECONDS)
+
+
+def failing(model: LoadedModel, error: Exception) -> LoadedModel:
+    """A model whose head can't be run, as a plugin's code may fail."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        raise error
+
+    head = LoadedStage(("digits", "head", "broken"), Stage("head", (), forward), nn.Module())
+    return replace(model, path=(*model.path[:-1], head))
+
+
+async def test_images_of_several_models_ride_in_one_batch_and_each_is_answered_by_its_own(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone, telemetry: Any
+) -> None:
+    engine = make_engine()
+    networks = [make_network(head=0), make_network(5, head=1), make_network(head=2), make_network(body=1)]
+    models = [load(network) for network in networks]
+    pictures = images(12)
+    futures = [engine.submit(models[i % 4], picture) for i, picture in enumerate(pictures)]
+    assert engine.depth() == 12
+    engine.start()
+    answers = await outcome(futures)
+    assert telemetry.batches == [12] and engine.depth() == 0
+    for i, answer in enumerate(answers):
+        assert isinstance(answer, Answer)
+        torch.testing.assert_close(answer.logits, expected(networks[i % 4], pictures[i], digits.preprocessing))
+        assert answer.features.shape == (256,) and answer.features.dtype == answer.logits.dtype == torch.float32
+    assert telemetry.phases.count("queue") == 12 and telemetry.phases.count("compute") == 1
+
+
+async def test_a_batch_is_never_larger_than_it_may_be_and_keeps_the_order(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, telemetry: Any
+) -> None:
+    engine = make_engine(max_batch_size=4)
+    model = load(make_network())
+    order: list[int] = []
+    futures = [engine.submit(model, picture) for picture in images(10)]
+    for i, future in enumerate(futures):
+        future.add_done_callback(lambda _, i=i: order.append(i))  # type: ignore[misc]
+    engine.start()
+    await outcome(futures)
+    assert telemetry.batches == [4, 4, 2]
+    assert order == list(range(10))
+
+
+async def test_what_is_prepared_otherwise_rides_apart(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone, telemetry: Any
+) -> None:
+    network, larger = make_network(), Preprocessing(32, 32, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    small, large = load(network), load(network, larger)
+    assert small.path == large.path
+    engine = make_engine()
+    pictures = [images(1)[0], images(1, 32)[0], images(2)[1], images(2, 32)[1]]
+    futures = [engine.submit(large if len(p[0]) == 32 else small, p) for p in pictures]
+    engine.start()
+    answers = await outcome(futures)
+    assert telemetry.batches == [2, 2]
+    for picture, answer in zip(pictures, answers, strict=True):
+        assert isinstance(answer, Answer)
+        preprocessing = larger if len(picture[0]) == 32 else digits.preprocessing
+        torch.testing.assert_close(answer.logits, expected(network, picture, preprocessing))
+
+
+async def test_what_is_cancelled_before_its_batch_is_left_out(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, telemetry: Any
+) -> None:
+    engine = make_engine()
+    model = load(make_network())
+    futures = [engine.submit(model, picture) for picture in images(5)]
+    futures[0].cancel()
+    futures[3].cancel()
+    engine.start()
+    answers = await outcome(futures)
+    assert [isinstance(a, Answer) for a in answers] == [False, True, True, False, True]
+    assert telemetry.batches == [3]
+
+
+async def test_when_all_are_cancelled_the_engine_goes_on(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, telemetry: Any
+) -> None:
+    engine = make_engine()
+    model = load(make_network())
+    for picture in images(3):
+        engine.submit(model, picture).cancel()
+    engine.start()
+    (answer,) = await outcome([engine.submit(model, images(1)[0])])
+    assert isinstance(answer, Answer) and telemetry.batches == [1]
+
+
+async def test_what_is_cancelled_during_its_batch_hurts_nobody(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    model = load(make_network())
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        begun.set()
+        assert go_on.wait(TIMEOUT_SECONDS)
+        return model.path[0](x)
+
+    held = LoadedStage(("digits", "stem", "held"), Stage("stem", (), forward), nn.Module())
+    engine = make_engine()
+    futures = [engine.submit(replace(model, path=(held, *model.path[1:])), picture) for picture in images(3)]
+    engine.start()
+    assert await asyncio.to_thread(begun.wait, TIMEOUT_SECONDS)
+    futures[1].cancel()
+    go_on.set()
+    answers = await outcome(futures)
+    assert [isinstance(a, Answer) for a in answers] == [True, False, True]
+
+
+async def test_a_model_that_fails_costs_its_own_images_alone(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone, telemetry: Any
+) -> None:
+    network = make_network()
+    good = load(network)
+    bad, full = failing(good, ValueError("broken head")), failing(good, torch.OutOfMemoryError())
+    engine = make_engine()
+    pictures = images(5)
+    futures = [engine.submit(m, p) for m, p in zip([good, bad, good, full, good], pictures, strict=True)]
+    engine.start()
+    answers = await outcome(futures)
+    assert telemetry.batches == [5]
+    for i in (0, 2, 4):
+        answer = answers[i]
+        assert isinstance(answer, Answer)
+        torch.testing.assert_close(answer.logits, expected(network, pictures[i], digits.preprocessing))
+    assert isinstance(answers[1], ValueError)
+    error = answers[3]
+    assert isinstance(error, BackbonedError) and error.kind is ErrorKind.RESOURCE_EXHAUSTED
+    assert error.retry_delay_seconds == 1.0
+
+
+async def test_a_batch_that_fails_as_a_whole_does_not_end_the_engine(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    model = load(make_network())
+    futures = [engine.submit(model, images(1, size)[0]) for size in (16, 17)]  # can't be stacked
+    engine.start()
+    assert all(isinstance(a, RuntimeError) for a in await outcome(futures))
+    assert "a batch of 2 images failed" in caplog.text
+    (answer,) = await outcome([engine.submit(model, images(1)[0])])
+    assert isinstance(answer, Answer)
+
+
+async def test_on_a_stop_what_is_queued_is_computed_first(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, telemetry: Any
+) -> None:
+    engine = make_engine(max_batch_size=2)
+    model = load(make_network())
+    futures = [engine.submit(model, picture) for picture in images(7)]
+    engine.start()
+    await asyncio.to_thread(engine.stop)
+    assert all(isinstance(a, Answer) for a in await outcome(futures))
+    assert sum(telemetry.batches) == 7
+
+
+async def test_the_time_that_images_take_is_told_from_the_last_batches(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork
+) -> None:
+    engine = make_engine()
+    assert engine.seconds_to_clear(10) == 1.0  # nobody knows yet
+    engine.start()
+    model = load(make_network())
+    await outcome([engine.submit(model, picture) for picture in images(4)])
+    assert 0 < engine.seconds_to_clear(10) == pytest.approx(10 * engine.seconds_to_clear(1))
+
+
+async def test_in_bf16_answers_are_float32_and_nearly_the_same(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone, make_manifest: Any
+) -> None:
+    network = make_network()
+    half = StageStore(Device.choose("cpu", "bf16"))
+    weights = {n: StageWeights.of(t) for n, t in digits.split(network.state_dict()).items()}
+    manifest: Manifest = make_manifest()
+    engine = make_engine("bf16")
+    engine.start()
+    picture = images(1)[0]
+    (answer,) = await outcome([engine.submit(LoadedModel(manifest, half.path(digits, weights), ()), picture)])
+    assert isinstance(answer, Answer) and answer.logits.dtype == torch.float32
+    exact = expected(network, picture, digits.preprocessing)
+    torch.testing.assert_close(answer.logits, exact, atol=0.2, rtol=0.05)
+
+
+async def test_features_of_a_convolutional_head_are_averaged_over_the_picture(
+    make_engine: MakeEngine, make_manifest: Any, stage_store: StageStore
+) -> None:
+    backbone = Backbone(
+        "convolutional",
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        (Stage.of("stem", "0"),),
+        Head.at("1", "1", "2", "3"),
+        8,
+        Preprocessing(16, 16),
+    )
+    network = backbone.module()
+    weights = {n: StageWeights.of(t) for n, t in backbone.split(network.state_dict()).items()}
+    manifest = make_manifest(preprocessing=backbone.preprocessing)
+    engine = make_engine()
+    engine.start()
+    picture = images(1)[0]
+    (answer,) = await outcome([engine.submit(LoadedModel(manifest, stage_store.path(backbone, weights), ()), picture)])
+    assert isinstance(answer, Answer)
+    with torch.inference_mode():
+        features = network.get_submodule("0")(normalise(picture[None], backbone.preprocessing))
+    torch.testing.assert_close(answer.features, features[0].mean((1, 2)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer.logits, expected(network, picture, backbone.preprocessing))

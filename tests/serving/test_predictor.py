@@ -1,0 +1,361 @@
+"""From a call to an answer: the version that was asked for, the network's own probabilities, or what to do."""
+
+import asyncio
+import math
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+from backboned.registry import Backbone, BackbonedError, Catalogue, ErrorKind
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.weights import WeightStore
+from backboned.server.compute.device import Device
+from backboned.server.compute.stages import StageStore
+from backboned.server.database import open_database
+from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.engine import Engine
+from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.predictor import MAX_IMAGES, Call, Pixels, Predictor, Result
+from backboned.server.serving.snapshot import State
+
+TIMEOUT_SECONDS = 30.0
+CLASSES = ("ant", "bee", "wasp")
+
+
+@dataclass(frozen=True)
+class World:
+    """A loader that serves `networks`: three classes under `flowers`, a binary model, and one of many labels."""
+
+    loader: Loader
+    aliases: Aliases
+    networks: Mapping[tuple[str, int], nn.Module]
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, digits: Backbone, make_network: Callable[..., nn.Module]
+) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("world")
+    networks = {
+        ("flowers", 1): make_network(head=1),
+        ("flowers", 2): make_network(head=2),
+        ("binary", 1): make_network(1, head=3),
+        ("labels", 1): make_network(head=4),
+    }
+    catalogue = Catalogue()
+    catalogue.add(digits, "tests")
+    directory = CheckpointDirectory(root / "checkpoints")
+    with ExitStack() as stack:
+        database = open_database(root / "state.sqlite")
+        stack.callback(database.dispose)
+        aliases = Aliases(database)
+        aliases.set("flowers", "stable", 1)
+        aliases.set("flowers", "broken", 3)
+        loader = Loader(
+            directory,
+            catalogue,
+            WeightStore(catalogue),
+            StageStore(Device.choose("cpu")),
+            telemetry=_Silent(),
+            settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5),
+            pinned=aliases.all,
+        )
+        for (model, version), network in networks.items():
+            (directory.root / model).mkdir(parents=True, exist_ok=True)
+            torch.save(network.state_dict(), directory.root / model / f"{version}.pt")
+        (directory.root / "flowers" / "classes.txt").write_text("\n".join(CLASSES))
+        (directory.root / "binary" / "classes.txt").write_text("bee")
+        (directory.root / "labels" / "1.json").write_text('{"classes": ["ant", "bee", "wasp"], "task": "multi_label"}')
+        (directory.root / "refused").mkdir()
+        (directory.root / "refused" / "mine.pt").write_bytes(b"no checkpoint")
+        loader.start()
+        stack.callback(loader.stop)
+        _wait(loader, lambda: sum(len(m.versions) for m in loader.snapshot.models.values()) == len(networks))
+        _damaged_copy(directory.root / "flowers" / "2", 3)
+        _wait(loader, lambda: 3 in loader.snapshot.models["flowers"].versions)
+        _wait(loader, lambda: all(f.state is State.QUARANTINED for f in loader.snapshot.refused))
+        yield World(loader, aliases, networks)
+
+
+class _Silent:
+    """A telemetry that nobody listens to."""
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def _wait(loader: Loader, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        loader.refresh().result(TIMEOUT_SECONDS)
+
+
+def _damaged_copy(version: Path, number: int) -> None:
+    copy = version.parent / str(number)
+    shutil.copytree(version, copy, ignore=shutil.ignore_patterns("manifest.json"))
+    (copy / "epoch-0000.pt").write_bytes(b"damaged")
+    manifest = (version / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace(f'"version": {version.name}', f'"version": {number}'))
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where calls are answered: a predictor, with the engine behind it, and what they tell."""
+
+    predictor: Predictor
+    engine: Engine
+    telemetry: Any
+
+    async def ask(self, model: str, *images: bytes | Pixels, **call: Any) -> Result:
+        return await asyncio.wait_for(self.predictor.predict(Call(model, images, **call)), TIMEOUT_SECONDS)
+
+    async def refusal(self, model: str, *images: bytes | Pixels, **call: Any) -> BackbonedError:
+        with pytest.raises(BackbonedError) as caught:
+            await self.ask(model, *images, **call)
+        return caught.value
+
+
+@pytest.fixture
+async def make_desk(world: World, telemetry: Any) -> AsyncIterator[Callable[..., Desk]]:
+    """Makes desks whose engine isn't started yet."""
+    made: list[Desk] = []
+
+    def make(max_queued_images: int = 1000, max_queued_bytes: int = 10**8) -> Desk:
+        engine = Engine(Device.choose("cpu"), telemetry)
+        predictor = Predictor(
+            world.loader,
+            world.aliases,
+            engine,
+            telemetry,
+            decode_threads=1,
+            max_image_pixels=10_000,
+            max_queued_images=max_queued_images,
+            max_queued_bytes=max_queued_bytes,
+        )
+        made.append(Desk(predictor, engine, telemetry))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        desk.predictor.close()
+        await asyncio.to_thread(desk.engine.stop)
+
+
+@pytest.fixture
+def desk(make_desk: Callable[..., Desk]) -> Desk:
+    desk = make_desk()
+    desk.engine.start()
+    return desk
+
+
+def picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def png(seed: int) -> bytes:
+    file = BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def logits(network: nn.Module, image: Image.Image) -> Tensor:
+    """What the script that trained it would get: torchvision's own transforms, and the network."""
+    view = transforms.Compose(
+        [
+            transforms.Resize(16),
+            transforms.CenterCrop(16),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ]
+    )
+    with torch.inference_mode():
+        return torch.as_tensor(network(view(image)[None]))[0]
+
+
+async def test_answers_are_the_networks_own(desk: Desk, world: World) -> None:
+    result = await desk.ask("flowers", png(0), png(1))
+    assert (result.model, result.version, len(result.predictions)) == ("flowers", 2, 2)
+    for seed, prediction in enumerate(result.predictions):
+        expected = logits(world.networks["flowers", 2], picture(seed)).softmax(0)
+        found = dict(prediction.classes)
+        assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
+        ranked = [probability for _, probability in prediction.classes]
+        assert ranked == sorted(ranked, reverse=True)
+    assert len({p.id for p in result.predictions}) == 2
+
+
+async def test_binary_and_multi_label_models_answer_for_every_class(desk: Desk, world: World) -> None:
+    (prediction,) = (await desk.ask("binary", png(0))).predictions
+    positive = logits(world.networks["binary", 1], picture(0)).sigmoid().item()
+    assert dict(prediction.classes) == pytest.approx({"bee": positive, "not bee": 1 - positive}, abs=1e-5)
+    (prediction,) = (await desk.ask("labels", png(0))).predictions
+    each = logits(world.networks["labels", 1], picture(0)).sigmoid().tolist()
+    assert dict(prediction.classes) == pytest.approx(dict(zip(CLASSES, each, strict=True)), abs=1e-5)
+
+
+async def test_raw_pixels_answer_as_the_file_they_are_of(desk: Desk) -> None:
+    pixels = Pixels(picture(0).tobytes(), (20, 24, 3))
+    result = await desk.ask("flowers", png(0), pixels)
+    first, second = (dict(prediction.classes) for prediction in result.predictions)
+    assert first == pytest.approx(second)
+
+
+async def test_top_k_and_embedding(desk: Desk) -> None:
+    for top_k, expected in ((0, 3), (1, 1), (3, 3)):
+        (prediction,) = (await desk.ask("flowers", png(0), top_k=top_k)).predictions
+        assert len(prediction.classes) == expected and prediction.embedding == ()
+    (prediction,) = (await desk.ask("flowers", png(0), embedding=True)).predictions
+    assert len(prediction.embedding) == 256
+
+
+@pytest.mark.parametrize(
+    ("call", "version"),
+    [({}, 2), ({"version": 1}, 1), ({"version": 2}, 2), ({"alias": "stable"}, 1), ({"alias": "latest"}, 2)],
+)
+async def test_the_version_that_was_asked_for_answers(
+    desk: Desk, world: World, call: dict[str, Any], version: int
+) -> None:
+    result = await desk.ask("flowers", png(0), **call)
+    assert result.version == version
+    expected = logits(world.networks["flowers", version], picture(0)).softmax(0)
+    assert dict(result.predictions[0].classes)["ant"] == pytest.approx(expected[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "expected"),
+    [
+        ("flower", {}, (ErrorKind.NOT_FOUND, "model", "unknown model 'flower'; did you mean 'flowers'?")),
+        ("refused", {}, (ErrorKind.NOT_FOUND, "model", "(mine.pt is there but QUARANTINED: not a checkpoint")),
+        ("../etc", {}, (ErrorKind.INVALID_ARGUMENT, "model", "model name '../etc' can't be used")),
+        ("flowers", {"version": 9}, (ErrorKind.NOT_FOUND, "version", "unknown version of flowers '9'; known: 1, 2, 3")),
+        ("flowers", {"alias": "stabel"}, (ErrorKind.NOT_FOUND, "alias", "did you mean 'stable'?")),
+        (
+            "flowers",
+            {"version": 3},
+            ErrorKind.FAILED_PRECONDITION,
+            "version",
+            "flowers version 3 is quarantined: epoch-",
+        ),
+        ("flowers", {"alias": "broken"}, (ErrorKind.FAILED_PRECONDITION, "version", "version 3 is quarantined")),
+        ("flowers", {"top_k": 4}, (ErrorKind.INVALID_ARGUMENT, "top_k", "top_k is 4; flowers has 3 classes")),
+        ("flowers", {"top_k": -1}, (ErrorKind.INVALID_ARGUMENT, "top_k", "top_k is -1")),
+        ("flowers", {"labels": ("ant", "bee")}, (ErrorKind.INVALID_ARGUMENT, "labels", "2 labels for 1 images")),
+        ("flowers", {"labels": ("be",)}, (ErrorKind.INVALID_ARGUMENT, "labels[0]", "did you mean 'bee'?")),
+        ("labels", {"labels": ("ant|be",)}, (ErrorKind.INVALID_ARGUMENT, "labels[0]", "unknown label 'be'")),
+    ],
+)
+async def test_what_cannot_be_answered_is_told(
+    desk: Desk, model: str, call: dict[str, Any], expected: tuple[ErrorKind, str, str]
+) -> None:
+    kind, field, message = expected
+    error = await desk.refusal(model, png(0), **call)
+    assert (error.kind, error.field) == (kind, field)
+    assert message in error.message
+    known = model if model in ("flowers", "labels") else ""
+    assert desk.telemetry.done == [(known, kind.name)]
+
+
+async def test_an_image_that_cannot_be_used_is_told_by_its_index(desk: Desk) -> None:
+    error = await desk.refusal("flowers", png(0), b"no image", png(1))
+    assert (error.kind, error.field) == (ErrorKind.INVALID_ARGUMENT, "images[1]")
+    assert error.message.startswith("image 1: ")
+    error = await desk.refusal("flowers", Pixels(b"123", (2, 2, 3)))
+    assert error.field == "images[0]"
+    large = BytesIO()
+    Image.new("RGB", (101, 100)).save(large, "PNG")
+    assert "image 0: " in (await desk.refusal("flowers", large.getvalue())).message
+    assert "at least one image" in (await desk.refusal("flowers")).message
+    assert f"send at most {MAX_IMAGES}" in (await desk.refusal("flowers", *[b""] * (MAX_IMAGES + 1))).message
+
+
+async def test_labels_make_a_serving_loss(desk: Desk, world: World) -> None:
+    await desk.ask("flowers", png(0), png(1), labels=("ant", "wasp"), top_k=1)
+    for i, (label, told) in enumerate(zip(("ant", "wasp"), desk.telemetry.losses, strict=True)):
+        row = logits(world.networks["flowers", 2], picture(i)).log_softmax(0)
+        index = CLASSES.index(label)
+        assert told == ("flowers", "serving", pytest.approx(-row[index].item(), abs=1e-4), row.argmax().item() == index)
+
+
+async def test_labels_of_binary_and_multi_label_models_do_too(desk: Desk, world: World) -> None:
+    await desk.ask("binary", png(0), labels=("not bee",))
+    positive = logits(world.networks["binary", 1], picture(0)).sigmoid().item()
+    assert desk.telemetry.losses.pop() == (
+        "binary",
+        "serving",
+        pytest.approx(-math.log(1 - positive), abs=1e-4),
+        positive < 0.5,
+    )
+    row = logits(world.networks["labels", 1], picture(0))
+    right = "|".join(name for name, value in zip(CLASSES, row, strict=True) if value > 0)
+    await desk.ask("labels", png(0), labels=(right,))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(row, (row > 0).float()).item()
+    assert desk.telemetry.losses.pop() == ("labels", "serving", pytest.approx(loss, abs=1e-4), True)
+
+
+async def test_calls_for_several_models_at_once_each_get_their_own_answer(desk: Desk, world: World) -> None:
+    asked = [("flowers", 1), ("flowers", 2), ("binary", 1), ("labels", 1)] * 15
+    results = await asyncio.gather(
+        *(desk.ask(model, png(i % 7), version=version) for i, (model, version) in enumerate(asked))
+    )
+    for i, ((model, version), result) in enumerate(zip(asked, results, strict=True)):
+        row = logits(world.networks[model, version], picture(i % 7))
+        first = row.softmax(0)[0] if model == "flowers" else row.sigmoid()[0]
+        name = "bee" if model == "binary" else "ant"
+        assert (result.model, result.version) == (model, version)
+        assert dict(result.predictions[0].classes)[name] == pytest.approx(first.item(), abs=1e-5)
+    assert desk.telemetry.done.count(("flowers", "OK")) == 30
+    assert sum(desk.telemetry.batches) == 60
+    assert desk.telemetry.phases.count("decode") == desk.telemetry.phases.count("total") == 60
+
+
+async def queued(desk: Desk, count: int) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while desk.engine.depth() < count:  # noqa: ASYNC110 - a depth has no event
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("limits", [{"max_queued_images": 3}, {"max_queued_bytes": 2 * len(png(0)) + 10}])
+async def test_a_full_queue_refuses_with_a_delay_and_takes_again_afterwards(
+    make_desk: Callable[..., Desk], limits: dict[str, int]
+) -> None:
+    desk = make_desk(**limits)
+    waiting = asyncio.create_task(desk.ask("flowers", png(0), png(1)))
+    await queued(desk, 2)
+    error = await desk.refusal("flowers", png(0), png(1))
+    assert error.kind is ErrorKind.RESOURCE_EXHAUSTED and "the queue is full (2 images, " in error.message
+    assert error.retry_delay_seconds is not None and 0 < error.retry_delay_seconds <= 10
+    desk.engine.start()
+    assert len((await waiting).predictions) == 2
+    assert len((await desk.ask("flowers", png(0), png(1))).predictions) == 2
+
+
+async def test_a_call_that_is_alone_is_let_in_whatever_its_size(make_desk: Callable[..., Desk]) -> None:
+    desk = make_desk(max_queued_images=1, max_queued_bytes=1)
+    desk.engine.start()
+    assert len((await desk.ask("flowers", *[png(0)] * 5)).predictions) == 5
+
+
+async def test_a_call_that_is_cancelled_leaves_the_queue(make_desk: Callable[..., Desk]) -> None:
+    desk = make_desk(max_queued_images=4)
+    leaving = asyncio.create_task(desk.predictor.predict(Call("flowers", [png(0)] * 3)))
+    await queued(desk, 3)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert desk.telemetry.done == [("flowers", "CANCELLED")]
+    desk.engine.start()
+    await desk.ask("flowers", png(0), png(1))
+    assert desk.telemetry.batches == [2]

@@ -1,0 +1,148 @@
+"""Whatever changes below the directory is a hint; looking at it is none."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backboned.server.serving.watch import Watcher, WatchMode, needs_polling
+
+TIMEOUT_SECONDS = 30.0
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/models /mnt/models nfs4 rw 0 0
+/dev/sdb1 /mnt/models/local xfs rw 0 0
+share /mnt/with\\040space cifs rw 0 0
+gcs /mnt/bucket fuse.gcsfuse rw 0 0
+first /mnt/twice nfs rw 0 0
+second /mnt/twice ext4 rw 0 0
+broken
+"""
+
+
+class Hints:
+    """Counts hints, and waits for one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._came = threading.Event()
+
+    def __call__(self) -> None:
+        self.count += 1
+        self._came.set()
+
+    def come_after(self, action: Callable[[], object]) -> bool:
+        self._came.clear()
+        action()
+        return self._came.wait(TIMEOUT_SECONDS)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints" / "flowers").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "flowers" / "there.pt").write_bytes(b"x")
+    (tmp_path / "outside.pt").write_bytes(b"x")
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def hints() -> Hints:
+    return Hints()
+
+
+@pytest.fixture
+def watcher(root: Path, hints: Hints) -> Iterator[Watcher]:
+    watcher = Watcher(root, hints, "inotify")
+    watcher.ensure()
+    yield watcher
+    watcher.stop()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/srv/models", False),
+        ("/mnt/models", True),
+        ("/mnt/models/flowers", True),
+        ("/mnt/models-elsewhere", False),
+        ("/mnt/models/local/flowers", False),
+        ("/mnt/with space/flowers", True),
+        ("/mnt/bucket", True),
+        ("/mnt/twice", False),
+    ],
+)
+def test_a_file_system_whose_changes_are_made_elsewhere_is_polled(path: str, expected: bool) -> None:
+    assert needs_polling(Path(path), MOUNTS) is expected
+
+
+def test_an_unknown_table_of_mounts_changes_nothing() -> None:
+    assert not needs_polling(Path("/srv"), "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "new.pt").write_bytes(b"x"),
+        lambda folder: (folder / "there.pt").write_bytes(b"y"),
+        lambda folder: (folder / "there.pt").rename(folder / "new.pt"),
+        lambda folder: (folder / "there.pt").unlink(),
+        lambda folder: (folder / "there.pt").rename(folder.parents[1] / "gone.pt"),
+        lambda folder: (folder.parents[1] / "outside.pt").rename(folder / "new.pt"),
+        lambda folder: (folder / "new.pt").hardlink_to(folder.parents[1] / "outside.pt"),
+        lambda folder: (folder / "new.pt").symlink_to(folder / "there.pt"),
+        lambda folder: (folder / "1").mkdir(),
+        lambda folder: (folder.parent / "birds").mkdir(),
+    ],
+    ids=["write", "rewrite", "rename", "remove", "rename out", "rename in", "link", "symlink", "version", "model"],
+)
+def test_every_way_for_something_to_come_or_go_is_a_hint(
+    watcher: Watcher, hints: Hints, root: Path, change: Callable[[Path], object]
+) -> None:
+    assert hints.come_after(lambda: change(root / "flowers"))
+
+
+def test_looking_is_no_hint(watcher: Watcher, hints: Hints, root: Path) -> None:
+    file = root / "flowers" / "a.pt"
+    assert hints.come_after(lambda: file.write_bytes(b"x"))
+    assert hints.come_after(file.unlink)  # the file's own events have all come
+    for _ in range(200):
+        (root / "flowers").stat()
+        list(os.scandir(root / "flowers"))
+    before = hints.count
+    assert hints.come_after((root / "marker").mkdir)
+    assert hints.count - before < 100  # events keep their order: those of looking would have come before
+
+
+def test_a_directory_that_was_replaced_is_watched_again(watcher: Watcher, hints: Hints, root: Path) -> None:
+    root.rename(root.parent / "away")
+    watcher.ensure()  # nothing there: nothing happens
+    root.mkdir()
+    watcher.ensure()
+    assert hints.come_after((root / "flowers").mkdir)
+
+
+@pytest.mark.parametrize("mode", ["polling", "auto"])
+def test_polling_watches_nothing_and_says_so(root: Path, hints: Hints, mode: WatchMode) -> None:
+    watcher = Watcher(root, hints, mode)
+    before = set(threading.enumerate())
+    watcher.ensure()
+    started = bool(set(threading.enumerate()) - before)
+    watcher.stop()
+    assert started is not watcher.polling
+    assert watcher.polling or mode == "auto"
+
+
+def test_after_a_stop_there_are_no_hints_and_no_threads(root: Path, hints: Hints) -> None:
+    before = set(threading.enumerate())
+    watcher = Watcher(root, hints, "inotify")
+    watcher.ensure()
+    watcher.ensure()  # once is enough
+    watcher.stop()
+    watcher.stop()
+    assert not set(threading.enumerate()) - before
+    count = hints.count
+    (root / "birds").mkdir()
+    assert hints.count == count

@@ -2,10 +2,11 @@
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import pytest
 import torch
 
 from backboned.plugins import digits
-from backboned.registry import BackbonedError, Catalogue, ErrorKind
+from backboned.registry import Backbone, BackbonedError, Catalogue, ErrorKind
+from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory
-from backboned.registry.weights import WeightStore, seeded_state
+from backboned.registry.manifest import EpochMetrics, Manifest
+from backboned.registry.task import Task
+from backboned.registry.version import VersionWriter
+from backboned.registry.weights import StageWeights, WeightStore, seeded_state
 from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
@@ -27,6 +32,7 @@ from backboned.server.serving.predictor import Call, Predictor, Result
 from backboned.server.serving.snapshot import State
 
 PATIENCE_SECONDS = 30.0
+StartLoader = Callable[[Catalogue, Callable[[], Mapping[str, Mapping[str, int]]]], Loader]
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,7 @@ class Room:
         return file
 
     def wait(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            self.loader.refresh().result(PATIENCE_SECONDS)
+        wait_for(self.loader, condition)
 
     def wait_for_version(self, model: str, version: int) -> None:
         self.wait(lambda: version in self.versions(model))
@@ -56,6 +59,14 @@ class Room:
     def versions(self, model: str) -> Mapping[int, State]:
         known = self.loader.snapshot.models.get(model)
         return {v: k.state for v, k in known.versions.items()} if known else {}
+
+
+def wait_for(loader: Loader, condition: Callable[[], object]) -> None:
+    """Have the loader look again and again, until it holds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        loader.refresh().result(PATIENCE_SECONDS)
 
 
 def state(seed: int, classes: int) -> dict[str, torch.Tensor]:
@@ -72,6 +83,28 @@ def catalogue() -> Catalogue:
     made = Catalogue()
     made.add(digits, "the plugin itself")
     return made
+
+
+@pytest.fixture
+def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
+    """Starts a loader alone, on `tmp_path`, with these backbones and aliases."""
+    with ExitStack() as stack:
+
+        def start(known: Catalogue, pinned: Callable[[], Mapping[str, Mapping[str, int]]]) -> Loader:
+            loader = Loader(
+                CheckpointDirectory(tmp_path),
+                known,
+                WeightStore(known),
+                StageStore(Device.choose("cpu")),
+                telemetry=Metrics(version="0", torch_version="0", device="cpu"),
+                settings=LoaderSettings(scan_interval_seconds=0.2),
+                pinned=pinned,
+            )
+            loader.start()
+            stack.callback(loader.stop)
+            return loader
+
+        yield start
 
 
 @pytest.fixture
@@ -200,6 +233,118 @@ def test_a_damaged_manifest_keeps_what_served_and_tells_why(room: Room) -> None:
     assert room.predict("m").version == 1
     manifest.write_text(whole)
     room.wait(lambda: room.versions("m") == {1: State.SERVING})
+
+
+def test_a_better_epoch_that_is_damaged_leaves_the_earlier_one_serving(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    before = room.predict("m").predictions[0].classes
+    folder = room.root / "m" / "1"
+    manifest = Manifest.read(folder)
+    (folder / "epoch-0001.pt").write_bytes(b"damaged")
+    torch.save(state(2, 3), room.root / "whole.pt")
+    whole = file_digest(room.root / "whole.pt")
+    size_bytes = (room.root / "whole.pt").stat().st_size
+    better = replace(manifest.best, epoch=1, file="epoch-0001.pt", sha256=whole, size_bytes=size_bytes)
+    manifest.with_epoch(better, best=True, stages=manifest.stages).write(folder)
+    room.wait(lambda: room.versions("m") == {1: State.QUARANTINED})
+    assert "epoch-0001.pt is truncated or altered" in room.loader.snapshot.models["m"].versions[1].reason
+    assert room.predict("m").predictions[0].classes == before
+    (room.root / "whole.pt").replace(folder / "epoch-0001.pt")  # mended
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    assert room.predict("m").predictions[0].classes != before
+
+
+def test_newer_versions_that_are_all_damaged_do_not_push_out_the_one_that_serves(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    manifest = Manifest.read(room.root / "m" / "1")
+    for version in (2, 3, 4):  # two is all that is kept loaded
+        folder = room.root / "m" / str(version)
+        folder.mkdir()
+        (folder / manifest.best.file).write_bytes(b"damaged")
+        replace(manifest, version=version).write(folder)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING} | dict.fromkeys((2, 3, 4), State.QUARANTINED))
+    assert room.predict("m").version == 1
+
+
+class SlowWeights:
+    """What a plugin can fetch, once it is allowed to."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.values = values
+        self.begun, self.allowed = threading.Event(), threading.Event()
+
+    def get_state_dict(self, **_: Any) -> Mapping[str, torch.Tensor]:
+        self.begun.set()
+        assert self.allowed.wait(PATIENCE_SECONDS)
+        return self.values
+
+
+def write_head(folder: Path, backbone: Backbone, seed: int) -> None:
+    """Write version 1 of a model as its trainer would: a head of three classes on the weights of seed 0."""
+    head = {k: t for k, t in state(seed, 3).items() if k.startswith("fc.")}
+    parts = backbone.split(state(0, 10) | head)
+    manifest = Manifest(
+        model=folder.name,
+        version=1,
+        backbone=backbone.name,
+        task=Task.SINGLE_LABEL,
+        classes=("a", "b", "c"),
+        stages={},
+        preprocessing=backbone.preprocessing,
+        epochs=(),
+        best_epoch=0,
+        complete=True,
+        trained=("head",),
+    )
+    (folder / "1").mkdir(parents=True)
+    VersionWriter(folder / "1", manifest).write(
+        1,
+        head,
+        stages={name: StageWeights.of(tensors).digest for name, tensors in parts.items()},
+        optimizer_state={},
+        loss=0.5,
+        metrics=EpochMetrics(),
+        best=True,
+    )
+
+
+def test_while_weights_are_fetched_other_models_are_served(start_loader: StartLoader, tmp_path: Path) -> None:
+    weights, known = SlowWeights(state(0, 10)), catalogue()
+    fetched = replace(known.get("digits"), name="fetched", weights=weights)
+    known.add(fetched, "tests")
+    write_head(tmp_path / "slow", fetched, seed=1)
+    loader = start_loader(known, lambda: {})
+
+    def states(model: str) -> list[State]:
+        found = loader.snapshot.models.get(model)
+        return [v.state for v in found.versions.values()] if found else []
+
+    wait_for(loader, lambda: states("slow") and weights.begun.is_set())
+    (tmp_path / "quick").mkdir()
+    torch.save({"backbone": "digits", "state_dict": state(2, 3)}, tmp_path / "quick" / "model.pt")
+    wait_for(loader, lambda: states("quick") == [State.SERVING])
+    assert states("slow") == [State.LOADING]
+    weights.allowed.set()
+    wait_for(loader, lambda: states("slow") == [State.SERVING])
+
+
+def test_a_defect_in_a_round_does_not_end_the_loader(start_loader: StartLoader, tmp_path: Path) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def pinned() -> Mapping[str, Mapping[str, int]]:
+        if broken.is_set():
+            raise ZeroDivisionError("a defect")
+        return {}
+
+    loader = start_loader(catalogue(), pinned)
+    wait_for(loader, lambda: "the loader failed: ZeroDivisionError" in loader.scan_error)
+    broken.clear()
+    (tmp_path / "m").mkdir()
+    torch.save(state(1, 3), tmp_path / "m" / "model.pt")
+    wait_for(loader, lambda: "m" in loader.snapshot.models and not loader.scan_error)
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name(room: Room) -> None:

@@ -46,7 +46,7 @@ class Config(BaseSettings):
     )
 
     checkpoint_dir: Path = Field(default=Path("checkpoints"), description="Folder of models and their checkpoints.")
-    state_dir: Path = Field(default=Path(".backboned"), description="Folder for jobs, features and compiled code.")
+    state_dir: Path = Field(default=Path(".backboned"), description="Folder for jobs, aliases and work in progress.")
     data_root: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
         description="Folder that FineTune may read datasets below; repeatable. Without any, it may read none.",

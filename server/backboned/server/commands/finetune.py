@@ -46,7 +46,7 @@ def finetune(
         float | None, typer.Option(metavar="X", help="Images that validate, if there is no val/ (default 0.2).")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes a run repeatable (default 0).")] = None,
-    views: Annotated[int | None, typer.Option(metavar="N", help="Views of each image (default 1).")] = None,
+    views: Annotated[int | None, typer.Option(metavar="N", help="Views of each image (default 2).")] = None,
     warm_start_version: Annotated[int | None, typer.Option(metavar="N", help="Begin from this version.")] = None,
     request_id: Annotated[str | None, typer.Option(metavar="ID", help="The same id starts the same job once.")] = None,
     weights: Annotated[

@@ -51,9 +51,12 @@ def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, json: Json = False) ->
     if json:
         print_json(job)
         return
-    rows = [[name, str(value)] for name, value in as_dict(job).items() if name not in ("request", "best") and value]
-    rows += [[name, str(value)] for name, value in as_dict(job.request).items() if name != "options" and value]
-    rows += [[f"options.{field.name}", str(value)] for field, value in job.request.options.ListFields()]
+    told = as_dict(job) | {"state": label(pb.JobState.Name(job.state), "JOB_STATE_")}
+    told |= {f"{name}_time": when(getattr(job, f"{name}_time")) for name in ("create", "start", "end")}
+    options = as_dict(job.request.options)
+    rows = [[name, str(value)] for name, value in told.items() if name not in ("request", "best") and value]
+    rows += [[name, getattr(job.request, name)] for name in ("backbone", "dataset", "request_id")]
+    rows += [[f"options.{name}", str(value)] for name, value in options.items() if value not in ([], "")]
     if job.HasField("best"):
         rows.append(["best", f"epoch {job.best.epoch}: {job.best.uri}"])
     print_table(["field", "value"], rows, empty="nothing")

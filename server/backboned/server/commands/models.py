@@ -54,7 +54,7 @@ def _show_versions(model: pb.Model) -> None:
         rows.append(
             [
                 str(version.version),
-                state if version.complete else f"{state}, in training",
+                state if version.complete else f"{state}, incomplete",
                 checkpoint.backbone,
                 label(pb.Task.Name(checkpoint.task), "TASK_"),
                 str(len(checkpoint.classes)),

@@ -1,6 +1,7 @@
 """The loader over a real directory, in this process: what is on disk is what answers."""
 
 import asyncio
+import errno
 import shutil
 import threading
 import time
@@ -355,3 +356,23 @@ def test_what_is_not_there_is_told_with_the_nearest_name(room: Room) -> None:
     assert caught.value.kind is ErrorKind.NOT_FOUND
     with pytest.raises(BackbonedError, match="unknown version of flowers '7'"):
         room.predict("flowers", version=7)
+
+
+def test_a_file_that_the_full_disk_keeps_out_is_adopted_once_there_is_room(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True]
+    copy = shutil.copyfile
+
+    def copyfile(source: Path, target: Path) -> object:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    room.drop("m", seed=1)
+    room.wait(lambda: any("No space left" in f.reason for f in room.loader.snapshot.refused))
+    assert not room.versions("m")
+    full[0] = False
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    assert not room.loader.snapshot.refused

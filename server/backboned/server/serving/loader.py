@@ -218,13 +218,18 @@ class Loader:
         drop = action.drop
         try:
             version = self._reader.adopt(drop, self._library.adopted(drop.model, drop.path.name))
-        except (BackbonedError, OSError) as error:
-            reason = error.message if isinstance(error, BackbonedError) else f"it can't be adopted: {error}"
+        except OSError as error:  # such as a full disk, which is no fault of the file's: it is tried again and again
+            reason = f"it can't be adopted yet: {error.strerror or error}"
+            if self._library.drops[drop.path].reason != reason:
+                log.warning("%s: %s", drop.path, reason)
+            self._library.settle(drop.path, DropState.WAITING, reason)
+            return ""
+        except BackbonedError as error:
             if isinstance(error, IncompleteFile) and not action.final:
-                self._library.settle(drop.path, DropState.WAITING, reason)
+                self._library.settle(drop.path, DropState.WAITING, error.message)
                 return ""
-            log.warning("%s is quarantined: %s", drop.path, reason)
-            self._library.settle(drop.path, DropState.QUARANTINED, reason)
+            log.warning("%s is quarantined: %s", drop.path, error.message)
+            self._library.settle(drop.path, DropState.QUARANTINED, error.message)
             return "quarantined"
         self._library.settle(drop.path, DropState.ADOPTED)
         if version is None:

@@ -6,8 +6,6 @@ and so MobileNet V2's probabilities by up to 0.005. Nothing here opens OpenMP te
 may call any function.
 """
 
-import hashlib
-import json
 import math
 import random
 
@@ -69,11 +67,6 @@ def augment(image: Tensor, preprocessing: Preprocessing, seed: int) -> Tensor:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         picture = enhance(picture).enhance(rng.uniform(0.8, 1.2))
     return _tensor(picture)
-
-
-def preprocessing_digest(preprocessing: Preprocessing) -> str:
-    """The SHA-256, in hex, of the settings, for keys of what was computed with them."""
-    return hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def _picture(image: Tensor) -> Image.Image:

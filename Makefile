@@ -2,7 +2,7 @@
 # and a package index, and from nothing else. `make help` tells the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench format proto lock clean \
+.PHONY: help demo test lint bench bench-gpu format proto lock clean \
         check-style check-types check-imports check-proto check-generated check-lock
 
 BIN := .venv/bin
@@ -24,7 +24,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## tell the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) ## fine-tune, hot-load and predict on handwritten digits, offline
 	@$(BIN)/backboned demo
@@ -36,6 +36,9 @@ bench: $(INSTALLED) ## run the benchmarks (BENCH=benchmarks/NAME.py runs one)
 	@for bench in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do \
 		echo "· $$bench"; $(BIN)/python "$$bench" || exit 1; \
 	done
+
+bench-gpu: $(INSTALLED) ## run the serving benchmark on a CUDA device
+	@$(BIN)/python benchmarks/serving.py --device cuda --out build/bench-gpu
 
 lint: check-style check-types check-imports check-proto check-generated check-lock ## check everything but the tests
 

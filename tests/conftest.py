@@ -46,6 +46,8 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
                 f"--checkpoint-dir={folder / 'checkpoints'}",
                 f"--state-dir={folder / 'state'}",
                 "--device=cpu",
+                "--precision=fp32",
+                "--compile=off",
                 "--grpc-port=0",
                 "--http-port=0",
             )

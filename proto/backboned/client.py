@@ -16,12 +16,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
 from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
+from backboned._client_questions import to_one, to_several
 from backboned._client_status import ClientError
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1.model_service_pb2_grpc import ModelServiceStub
@@ -92,16 +93,36 @@ class Client:
         top_k: int = 0,
         labels: Sequence[str] = (),
         return_embedding: bool = False,
+        embedding_stage: str = "",
     ) -> pb.PredictResponse:
         """Classify up to 256 images, given as a file's bytes or as paths, in one call.
 
         `version` or `alias` choose who answers (neither: what serves by default); `top_k` 0 returns every class;
-        `labels` are the true classes, if known, and feed the daemon's serving loss.
+        `labels` are the true classes, if known, and feed the daemon's serving loss. `return_embedding` adds the
+        features that the head reads; `embedding_stage` adds that stage's output instead, averaged over positions.
         """
-        request = _question(model, version, alias, top_k, return_embedding)
-        request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
-        request.labels.extend(labels)
-        return self._call(self._stub.Predict, request)
+        request = to_one(
+            model, version, alias, top_k=top_k, return_embedding=return_embedding, embedding_stage=embedding_stage
+        )
+        return self._predict(request, images, labels)
+
+    def predict_models(
+        self,
+        models: str | Iterable[str],
+        images: Image | Iterable[Image],
+        *,
+        top_k: int = 0,
+        labels: Sequence[str] = (),
+        return_embedding: bool = False,
+        embedding_stage: str = "",
+    ) -> Sequence[pb.ModelPredictions]:
+        """Classify images by up to 64 models in one call, which computes once what they have in common.
+
+        Each of `models` is a name, or a name with a version or an alias: `["flowers@3", "flowers@stable", "pets"]`. The
+        results are in their order. The rest is as for `predict`, and holds for each model.
+        """
+        request = to_several(models, top_k=top_k, return_embedding=return_embedding, embedding_stage=embedding_stage)
+        return self._predict(request, images, labels).results
 
     def predict_stream(
         self,
@@ -113,13 +134,16 @@ class Client:
         top_k: int = 0,
         labels: Iterable[str] = (),
         return_embedding: bool = False,
+        embedding_stage: str = "",
         batch_size: int = 16,
     ) -> Iterator[pb.PredictResponse]:
         """Classify any number of images over one stream; yields a reply for every `batch_size` images, in order.
 
         `images` and `labels` are read as the daemon keeps up, so they may be generators. The first error ends it.
         """
-        question = _question(model, version, alias, top_k, return_embedding)
+        question = to_one(
+            model, version, alias, top_k=top_k, return_embedding=return_embedding, embedding_stage=embedding_stage
+        )
         failures: list[ClientError] = []
 
         def requests() -> Iterator[pb.PredictRequest]:
@@ -245,6 +269,13 @@ class Client:
         request = pb.DeleteAliasRequest(model=model, alias=alias, expected_version=expected_version)
         return self._call(self._stub.DeleteAlias, request)
 
+    def _predict(
+        self, request: pb.PredictRequest, images: Image | Iterable[Image], labels: Sequence[str]
+    ) -> pb.PredictResponse:
+        request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
+        request.labels.extend(labels)
+        return self._call(self._stub.Predict, request)
+
     def _call(self, method: Callable[..., _Reply], request: object) -> _Reply:
         try:
             return method(request, timeout=self._timeout_seconds)
@@ -259,13 +290,3 @@ class Client:
             if not token:
                 return
             request.page_token = token  # type: ignore[attr-defined]  # and every List…Request
-
-
-def _question(
-    model: str, version: int | None, alias: str | None, top_k: int, return_embedding: bool
-) -> pb.PredictRequest:
-    """A request without its images."""
-    if version is not None and alias is not None:
-        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "give a version or an alias, not both", "version")
-    target: dict[str, Any] = {"version": version} if version is not None else {"alias": alias}
-    return pb.PredictRequest(model=model, top_k=top_k, return_embedding=return_embedding, **target)

@@ -165,6 +165,60 @@ def test_a_version_and_an_alias_together_are_refused(client: Client) -> None:
         client.predict("m", [b"x"], version=1, alias="production")
 
 
+def each_answers(request: pb.PredictRequest) -> pb.PredictResponse:
+    """A result for each model, numbered in their order."""
+    return pb.PredictResponse(
+        results=[
+            pb.ModelPredictions(model=m.model, version=i, predictions=answer(request).predictions)
+            for i, m in enumerate(request.models)
+        ]
+    )
+
+
+def test_several_models_are_named_with_versions_and_aliases_and_answer_in_order(
+    service: Service, client: Client
+) -> None:
+    service.replies["Predict"] = each_answers
+    names = ["b@12", "a", "b@stable", "b@1_000", "b@", f"b@{2**70}"]
+    results = client.predict_models(names, [b"x", b"y"], top_k=2, labels=["x", "y"])
+    assert [(r.model, r.version) for r in results] == [("b", 0), ("a", 1), ("b", 2), ("b", 3), ("b", 4), ("b", 5)]
+    assert [[p.classes[0].label for p in r.predictions] for r in results] == [["x", "y"]] * 6
+    (request,) = service.requests
+    assert [(m.WhichOneof("target"), m.version, m.alias) for m in request.models] == [
+        ("version", 12, ""),
+        (None, 0, ""),
+        ("alias", 0, "stable"),
+        ("alias", 0, "1_000"),
+        ("alias", 0, ""),
+        ("alias", 0, str(2**70)),
+    ]
+    assert (request.model, request.top_k, list(request.labels)) == ("", 2, ["x", "y"])
+
+
+def test_one_model_alone_can_be_asked_like_several(service: Service, client: Client) -> None:
+    service.replies["Predict"] = each_answers
+    (result,) = client.predict_models("flowers@3", b"x")
+    assert result.model == "flowers"
+
+
+def test_no_model_at_all_is_refused(client: Client) -> None:
+    with pytest.raises(ClientError, match="at least one model") as caught:
+        client.predict_models([], [b"x"])
+    assert caught.value.field == "models"
+
+
+def test_the_stage_of_an_embedding_is_sent_by_every_way_to_predict(service: Service, client: Client) -> None:
+    service.replies["Predict"] = answer
+    client.predict("m", b"x", embedding_stage="layer3")
+    client.predict_models(["m"], b"x", embedding_stage="layer3", return_embedding=True)
+    list(client.predict_stream("m", [b"x"], embedding_stage="layer3"))
+    assert [(r.embedding_stage, r.return_embedding) for r in service.requests] == [
+        ("layer3", False),
+        ("layer3", True),
+        ("layer3", False),
+    ]
+
+
 def test_an_image_that_is_not_there_is_named_with_its_index(client: Client, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match=r"nowhere\.jpg: No such file") as caught:
         client.predict("m", [b"x", tmp_path / "nowhere.jpg"])

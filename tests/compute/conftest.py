@@ -31,7 +31,7 @@ def digits() -> Backbone:
 
 @pytest.fixture(scope="session")
 def cpu() -> Device:
-    return Device.choose("cpu")
+    return Device.choose("cpu", "fp32")
 
 
 @pytest.fixture(scope="session")

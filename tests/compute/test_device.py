@@ -1,5 +1,7 @@
 """The device and the precision are those that were asked for, or an error says which there are."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,18 +9,44 @@ from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.compute.device import Device
 
 
-def test_auto_is_the_first_gpu_where_there_is_one_and_fp32() -> None:
+def test_auto_is_the_first_gpu_where_there_is_one() -> None:
     expected = "cuda:0" if torch.cuda.is_available() else "cpu"
-    assert Device.choose() == Device(torch.device(expected), torch.float32)
+    assert Device.choose().device == torch.device(expected)
     assert str(Device.choose()) == expected
 
 
 @pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", torch.bfloat16),
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", torch.bfloat16),
+        ("flags\t\t: fpu avx2 avx512f", torch.float32),
+        ("Features\t: fp asimd", torch.float32),
+        ("", torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(
+    flags: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr("backboned.server.compute.device.CPU_INFO", file)
+    assert Device.choose("cpu").dtype == dtype
+    assert Device.choose("cpu").in_fp32().dtype == torch.float32
+
+
+def test_without_word_of_the_cpu_auto_is_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backboned.server.compute.device.CPU_INFO", tmp_path / "none")
+    assert Device.choose("cpu").precision == "fp32"
+
+
+@pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_a_precision_is_a_type(precision: str, dtype: torch.dtype) -> None:
     assert Device.choose("cpu", precision) == Device(torch.device("cpu"), dtype)
+    assert Device.choose("cpu", precision).precision == precision
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def metric_labels() -> dict[str, set[str]]:
     metrics.predict_done("m", "OK")
     metrics.serving_loss("m", "serving", 1.0, True)
     metrics.serving_version("m", 1)
+    metrics.precision_deviation("m", 0.0)
     return {
         metric.name + ("_total" if metric.type == "counter" else ""): {
             label for sample in metric.samples for label in sample.labels if label != "le"

@@ -173,6 +173,8 @@ def served(
         *training_flags,
         f"--plugin={weightless}",
         "--device=cpu",
+        "--precision=fp32",
+        "--compile=off",
         "--grpc-port=0",
         "--http-port=0",
     ]

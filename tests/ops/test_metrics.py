@@ -32,6 +32,10 @@ FAMILIES = {
     "checkpoint_last_scan_timestamp_seconds": set(),
     "stages_loaded": set(),
     "stage_memory_bytes": set(),
+    "stages_compiled": set(),
+    "stages_compiling": set(),
+    "compiler_available": set(),
+    "precision_deviation": {"model"},
     "build_info": {"version", "torch", "device"},
 }
 """Every metric that the daemon promises, with its labels."""
@@ -62,6 +66,8 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.checkpoint_load("loaded", 0.1)
     metrics.scanned(1_700_000_000.0)
     metrics.watch_stages(lambda: (6, 94_000_000))
+    metrics.watch_compiler(True, lambda: 5, lambda: 2)
+    metrics.precision_deviation("cats", 0.004)
     return metrics
 
 
@@ -108,6 +114,10 @@ def test_every_metric_has_a_help_text(busy: Metrics) -> None:
         'backboned_checkpoint_loads_total{result="quarantined"} 0.0',
         "backboned_checkpoint_last_scan_timestamp_seconds 1.7e+09",
         "backboned_stages_loaded 6.0",
+        "backboned_stages_compiled 5.0",
+        "backboned_stages_compiling 2.0",
+        "backboned_compiler_available 1.0",
+        'backboned_precision_deviation{model="cats"} 0.004',
         'backboned_build_info{device="cpu",torch="2.10.0",version="1.2.3"} 1.0',
     ],
 )

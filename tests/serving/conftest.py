@@ -36,6 +36,7 @@ class Telemetry:
     losses: list[tuple[str, str, float, bool]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     serving: dict[str, int] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
 
     def predict_done(self, model: str, code: str) -> None:
         self.done.append((model, code))
@@ -56,6 +57,9 @@ class Telemetry:
 
     def serving_version(self, model: str, version: int) -> None:
         self.serving[model] = version
+
+    def precision_deviation(self, model: str, deviation: float) -> None:
+        self.deviations[model] = deviation
 
     def forget_model(self, model: str) -> None:
         self.serving.pop(model, None)
@@ -94,7 +98,7 @@ def make_network(digits: Backbone) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def stage_store() -> StageStore:
-    return StageStore(Device.choose("cpu"))
+    return StageStore(Device.choose("cpu", "fp32"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
 from backboned.server.ops.metrics import Metrics
+from backboned.server.serving.admission import Admission
 from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.calls import Call, Result, Target
+from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
-from backboned.server.serving.predictor import Call, Predictor, Result
+from backboned.server.serving.predictor import Predictor
+from backboned.server.serving.prepare import prepare
 from backboned.server.serving.snapshot import State
 
 PATIENCE_SECONDS = 30.0
@@ -96,7 +101,7 @@ def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
                 CheckpointDirectory(tmp_path),
                 known,
                 WeightStore(known),
-                StageStore(Device.choose("cpu")),
+                StageStore(Device.choose("cpu", "fp32")),
                 telemetry=Metrics(version="0", torch_version="0", device="cpu"),
                 settings=LoaderSettings(scan_interval_seconds=0.2),
                 pinned=pinned,
@@ -116,7 +121,7 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         stack.callback(database.dispose)
         telemetry = Metrics(version="0", torch_version="0", device="cpu")
         aliases = Aliases(database)
-        stages = StageStore(Device.choose("cpu"))
+        stages = StageStore(Device.choose("cpu", "fp32"))
         directory = CheckpointDirectory(tmp_path / "checkpoints")
         known = catalogue()
         loader = Loader(
@@ -130,28 +135,18 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         )
         loader.start()
         stack.callback(loader.stop)
-        engine = Engine(stages.device, telemetry)
+        engine = Engine(stages.device, telemetry, partial(prepare, max_pixels=10**6), threads=1)
         engine.start()
         stack.callback(engine.stop)
 
-        def predict(model: str, **call: Any) -> Result:
-            async def ask() -> Result:
-                predictor = Predictor(
-                    loader,
-                    aliases,
-                    engine,
-                    telemetry,
-                    decode_threads=1,
-                    max_image_pixels=10**6,
-                    max_queued_images=100,
-                    max_queued_bytes=10**7,
-                )
-                try:
-                    return await predictor.predict(Call(model, [photo], **call))
-                finally:
-                    predictor.close()
+        def predict(model: str, version: int | None = None, alias: str | None = None) -> Result:
+            async def ask() -> tuple[Result, ...]:
+                admission = Admission(100, 10**7, engine.seconds_to_clear)
+                predictor = Predictor(Chooser(loader, aliases), engine, admission, telemetry)
+                return await predictor.predict(Call((Target(model, version, alias),), [photo]))
 
-            return asyncio.run(ask())
+            (result,) = asyncio.run(ask())
+            return result
 
         yield Room(tmp_path / "checkpoints", loader, aliases, stages, predict)
 

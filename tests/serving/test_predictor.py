@@ -4,9 +4,10 @@ import asyncio
 import math
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from backboned.registry.weights import WeightStore
 from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
+from backboned.server.serving.admission import Admission
 from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.calls import Call, Pixels, Result, Target
+from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
-from backboned.server.serving.predictor import MAX_IMAGES, Call, Pixels, Predictor, Result
+from backboned.server.serving.predictor import MAX_IMAGES, Predictor
+from backboned.server.serving.prepare import prepare
 from backboned.server.serving.snapshot import State
 
 TIMEOUT_SECONDS = 30.0
@@ -66,7 +71,7 @@ def world(
             directory,
             catalogue,
             WeightStore(catalogue),
-            StageStore(Device.choose("cpu")),
+            StageStore(Device.choose("cpu", "fp32")),
             telemetry=_Silent(),
             settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5),
             pinned=aliases.all,
@@ -119,7 +124,13 @@ class Desk:
     telemetry: Any
 
     async def ask(self, model: str, *images: bytes | Pixels, **call: Any) -> Result:
-        return await asyncio.wait_for(self.predictor.predict(Call(model, images, **call)), TIMEOUT_SECONDS)
+        target = Target(model, call.pop("version", None), call.pop("alias", None))
+        (result,) = await self.ask_several([target], *images, **call)
+        return result
+
+    async def ask_several(self, targets: Sequence[Target], *images: bytes | Pixels, **call: Any) -> tuple[Result, ...]:
+        asked = Call(tuple(targets), images, **call)
+        return await asyncio.wait_for(self.predictor.predict(asked), TIMEOUT_SECONDS)
 
     async def refusal(self, model: str, *images: bytes | Pixels, **call: Any) -> BackbonedError:
         with pytest.raises(BackbonedError) as caught:
@@ -133,23 +144,14 @@ async def make_desk(world: World, telemetry: Any) -> AsyncIterator[Callable[...,
     made: list[Desk] = []
 
     def make(max_queued_images: int = 1000, max_queued_bytes: int = 10**8) -> Desk:
-        engine = Engine(Device.choose("cpu"), telemetry)
-        predictor = Predictor(
-            world.loader,
-            world.aliases,
-            engine,
-            telemetry,
-            decode_threads=1,
-            max_image_pixels=10_000,
-            max_queued_images=max_queued_images,
-            max_queued_bytes=max_queued_bytes,
-        )
+        engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000), threads=1)
+        admission = Admission(max_queued_images, max_queued_bytes, engine.seconds_to_clear)
+        predictor = Predictor(Chooser(world.loader, world.aliases), engine, admission, telemetry)
         made.append(Desk(predictor, engine, telemetry))
         return made[-1]
 
     yield make
     for desk in made:
-        desk.predictor.close()
         await asyncio.to_thread(desk.engine.stop)
 
 
@@ -315,6 +317,63 @@ async def test_calls_for_several_models_at_once_each_get_their_own_answer(desk: 
     assert desk.telemetry.phases.count("decode") == desk.telemetry.phases.count("total") == 60
 
 
+async def test_several_models_and_versions_answer_one_call(desk: Desk, world: World) -> None:
+    asked = [
+        Target("flowers", 1),
+        Target("binary"),
+        Target("flowers", alias="latest"),
+        Target("labels"),
+        Target("binary"),
+    ]
+    results = await desk.ask_several(asked, png(0), png(1))
+    versions = [("flowers", 1), ("binary", 1), ("flowers", 2), ("labels", 1), ("binary", 1)]
+    assert [(r.model, r.version) for r in results] == versions
+    for key, result in zip(versions, results, strict=True):
+        for seed, prediction in enumerate(result.predictions):
+            row = logits(world.networks[key], picture(seed))
+            first = row.softmax(0)[0] if key[0] == "flowers" else row.sigmoid()[0]
+            name = "bee" if key[0] == "binary" else "ant"
+            assert dict(prediction.classes)[name] == pytest.approx(first.item(), abs=1e-5)
+    assert len({p.id for r in results for p in r.predictions}) == 10
+    assert sum(desk.telemetry.batches) == 2 and len(desk.telemetry.done) == 5
+
+
+async def test_a_label_counts_for_every_model_that_answers(desk: Desk) -> None:
+    await desk.ask_several([Target("flowers", 1), Target("flowers", 2)], png(0), png(1), labels=("ant", "bee"))
+    assert [(model, role) for model, role, *_ in desk.telemetry.losses] == [("flowers", "serving")] * 4
+
+
+@pytest.mark.parametrize(
+    ("targets", "call", "expected"),
+    [
+        ([Target("flowers"), Target("flower")], {}, "did you mean 'flowers'?"),
+        ([Target("flowers"), Target("binary")], {"top_k": 3}, "top_k is 3; binary has 2 classes"),
+        ([Target("flowers"), Target("binary")], {"labels": ("ant",)}, "unknown label 'ant'"),
+        ([Target("flowers")], {"embedding_stage": "layer9"}, "which has stem, layer1, layer2, layer3, pool"),
+        ([Target("flowers")], {"embedding_stage": "head"}, "which has stem, layer1, layer2, layer3, pool"),
+    ],
+)
+async def test_what_one_of_several_models_cannot_answer_is_told(
+    desk: Desk, targets: list[Target], call: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(BackbonedError) as caught:
+        await desk.ask_several(targets, png(0), **call)
+    assert expected in caught.value.message
+    assert not desk.telemetry.batches
+
+
+async def test_every_stage_can_be_embedded(desk: Desk) -> None:
+    for stage, size in {"stem": 16, "layer1": 16, "layer2": 32, "layer3": 64, "pool": 256}.items():
+        (prediction,) = (await desk.ask("flowers", png(0), embedding_stage=stage)).predictions
+        assert len(prediction.embedding) == size
+
+
+async def test_the_first_image_that_is_wrong_is_told_and_the_others_are_forgotten(desk: Desk) -> None:
+    error = await desk.refusal("flowers", png(0), b"first", png(1), b"second", *[png(2)] * 20)
+    assert error.field == "images[1]"
+    assert len((await desk.ask("flowers", png(0))).predictions) == 1
+
+
 async def queued(desk: Desk, count: int) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while desk.engine.depth() < count:  # noqa: ASYNC110 - a depth has no event
@@ -344,7 +403,7 @@ async def test_a_call_that_is_alone_is_let_in_whatever_its_size(make_desk: Calla
 
 async def test_a_call_that_is_cancelled_leaves_the_queue(make_desk: Callable[..., Desk]) -> None:
     desk = make_desk(max_queued_images=4)
-    leaving = asyncio.create_task(desk.predictor.predict(Call("flowers", [png(0)] * 3)))
+    leaving = asyncio.create_task(desk.ask("flowers", *[png(0)] * 3))
     await queued(desk, 3)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):

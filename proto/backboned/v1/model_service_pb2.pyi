@@ -986,16 +986,23 @@ class PredictRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     RETURN_EMBEDDING_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_STAGE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model's name. Required."""
+    """The model's name. Required, unless `models` is given."""
     version: _builtins.int
     """A version's number."""
     alias: _builtins.str
     """An alias; "latest" always means the newest version that is complete."""
     top_k: _builtins.int
-    """How many classes to return for each image, best first: 0…the number of classes. Default 0: all."""
+    """How many classes to return for each image, best first: 0…the number of classes, of each model. Default 0: all."""
     return_embedding: _builtins.bool
     """Whether to return the features that the head reads."""
+    embedding_stage: _builtins.str
+    """A stage of the backbone, by name as in ListBackbones, of each model's: return its output in place of the features
+    that the head reads, as if `return_embedding` were set. It is averaged over positions: of maps [channels, height,
+    width] the channels are left, of tokens [tokens, width] the width; a vector is returned as it is. Default: none.
+    """
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
         """1…256 images. Required."""
@@ -1003,7 +1010,13 @@ class PredictRequest(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The truth, if known: one label an image, in their order; for TASK_MULTI_LABEL labels separated by '|'. Feeds
-        the serving loss.
+        the serving loss. Each must be a class of each model.
+        """
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelTarget]:
+        """In place of `model`, `version` and `alias`: 1…64 models, or versions of one, each of which answers for every image.
+        What they have in common is computed once. One may be named twice. The answers are in `results`.
         """
 
     def __init__(
@@ -1016,10 +1029,12 @@ class PredictRequest(_message.Message):
         top_k: _builtins.int = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         return_embedding: _builtins.bool = ...,
+        models: _abc.Iterable[Global___ModelTarget] | None = ...,
+        embedding_stage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "target", b"target", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "images", b"images", "labels", b"labels", "model", b"model", "return_embedding", b"return_embedding", "target", b"target", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "embedding_stage", b"embedding_stage", "images", b"images", "labels", b"labels", "model", b"model", "models", b"models", "return_embedding", b"return_embedding", "target", b"target", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["version", "alias"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
@@ -1028,8 +1043,78 @@ class PredictRequest(_message.Message):
 Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
 
 @_typing.final
+class ModelTarget(_message.Message):
+    """One of several models that are to answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Required."""
+    version: _builtins.int
+    """A version's number."""
+    alias: _builtins.str
+    """An alias; "latest" always means the newest version that is complete."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "target", b"target", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "model", b"model", "target", b"target", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["version", "alias"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___ModelTarget: _TypeAlias = ModelTarget  # noqa: Y015
+
+@_typing.final
 class PredictResponse(_message.Message):
     """What images show."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Empty if `models` was given, like `version` and `predictions`."""
+    version: _builtins.int
+    """The version that answered."""
+    @_builtins.property
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
+        """One an image, in their order."""
+
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPredictions]:
+        """One for each of `models`, in their order; empty if `model` was given."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        predictions: _abc.Iterable[Global___Prediction] | None = ...,
+        results: _abc.Iterable[Global___ModelPredictions] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "predictions", b"predictions", "results", b"results", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class ModelPredictions(_message.Message):
+    """What images show, by one of several models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1057,7 +1142,7 @@ class PredictResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+Global___ModelPredictions: _TypeAlias = ModelPredictions  # noqa: Y015
 
 @_typing.final
 class Prediction(_message.Message):
@@ -1079,7 +1164,7 @@ class Prediction(_message.Message):
 
     @_builtins.property
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The pooled features that the head reads, when asked for."""
+        """The pooled features that the head reads, or the pooled output of `embedding_stage`, when asked for."""
 
     def __init__(
         self,

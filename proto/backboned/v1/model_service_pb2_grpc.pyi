@@ -81,11 +81,13 @@ class ModelServiceStub:
       INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
     """
     Predict: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]
-    """Classifies images. All images of a request are answered by one version of the model.
-    At most 256 images; each at most `--max-image-pixels` (default 100 million) pixels.
+    """Classifies images, by one model or by several. All images of a request are answered by one version of each model.
+    At most 256 images and 64 models; each image at most `--max-image-pixels` (default 100 million) pixels. What is
+    wrong with one model is wrong with the request: either all of them answer, or none.
 
       NOT_FOUND            unknown model, version or alias; the message has the nearest names
-      INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of range
+      INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of
+                           range, `model` and `models` together, too many models, or an unknown `embedding_stage`
       RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
       UNAVAILABLE          the version exists but isn't loaded yet; try again
       FAILED_PRECONDITION  the version is quarantined; the message says why
@@ -200,11 +202,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
       INVALID_ARGUMENT     a bad model name, filter, order, page size or token: the message says where
     """
     Predict: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]  # type: ignore[assignment]
-    """Classifies images. All images of a request are answered by one version of the model.
-    At most 256 images; each at most `--max-image-pixels` (default 100 million) pixels.
+    """Classifies images, by one model or by several. All images of a request are answered by one version of each model.
+    At most 256 images and 64 models; each image at most `--max-image-pixels` (default 100 million) pixels. What is
+    wrong with one model is wrong with the request: either all of them answer, or none.
 
       NOT_FOUND            unknown model, version or alias; the message has the nearest names
-      INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of range
+      INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of
+                           range, `model` and `models` together, too many models, or an unknown `embedding_stage`
       RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
       UNAVAILABLE          the version exists but isn't loaded yet; try again
       FAILED_PRECONDITION  the version is quarantined; the message says why
@@ -358,11 +362,13 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.PredictResponse, _abc.Awaitable[_model_service_pb2.PredictResponse]]:
-        """Classifies images. All images of a request are answered by one version of the model.
-        At most 256 images; each at most `--max-image-pixels` (default 100 million) pixels.
+        """Classifies images, by one model or by several. All images of a request are answered by one version of each model.
+        At most 256 images and 64 models; each image at most `--max-image-pixels` (default 100 million) pixels. What is
+        wrong with one model is wrong with the request: either all of them answer, or none.
 
           NOT_FOUND            unknown model, version or alias; the message has the nearest names
-          INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of range
+          INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of
+                               range, `model` and `models` together, too many models, or an unknown `embedding_stage`
           RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
           UNAVAILABLE          the version exists but isn't loaded yet; try again
           FAILED_PRECONDITION  the version is quarantined; the message says why

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -72,8 +72,19 @@ class Config(BaseSettings):
         default=ByteSize(64 * 2**20), ge=2**16, le=2**31 - 1, description="Largest gRPC message, as in 64MiB."
     )
     max_image_pixels: int = Field(default=100_000_000, ge=1, description="Largest image, in pixels.")
-    max_queued_images: int = Field(default=4096, ge=1, description="Images that may wait for the device.")
+    max_queued_images: int = Field(default=1024, ge=1, description="Images that may wait for the device.")
     max_queued_bytes: ByteSize = Field(default=ByteSize(2**30), ge=1, description="Bytes of images that may wait.")
+    engine_threads: int = Field(
+        default=0, ge=0, le=256, description="Batches that run at once; 0 chooses: one a core, or two on CUDA."
+    )
+    compile: Literal["auto", "off"] = Field(
+        default="auto", description="Whether networks are compiled, where a compiler is there: auto or off."
+    )
+    frontends: Annotated[str, BeforeValidator(str), StringConstraints(pattern=r"^(auto|[0-9]|[1-5][0-9]|6[0-4])$")] = (
+        Field(
+            default="auto", description="Processes that take calls and decode images for the daemon: auto, or 0 to 64."
+        )
+    )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch of images.")
     scan_interval_seconds: float = Field(
         default=2.0, gt=0, le=3600, description="Between scans of the checkpoint folder."

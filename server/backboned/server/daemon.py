@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
@@ -21,18 +22,25 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.weights import WeightStore
+from backboned.server.api.frontends import Frontends, frontends_for
+from backboned.server.api.handover import Answering
 from backboned.server.api.server import GrpcServer
 from backboned.server.api.service import ModelService, Rooms
-from backboned.server.compute.device import Device
+from backboned.server.compute.artefacts import ArtefactStore
+from backboned.server.compute.compiler import StageCompiler
+from backboned.server.compute.device import Device, usable_cores
 from backboned.server.compute.stages import StageStore
 from backboned.server.config import Config
 from backboned.server.database import open_database
 from backboned.server.ops.http import HttpServer, application
 from backboned.server.ops.metrics import Metrics
+from backboned.server.serving.admission import Admission
 from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.predictor import Predictor
+from backboned.server.serving.prepare import prepare
 from backboned.server.training.jobs import JobStore
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.supervisor import JobSupervisor
@@ -41,6 +49,8 @@ log = logging.getLogger(__name__)
 
 DATABASE_NAME = "backboned.sqlite"
 LOCK_NAME = "lock"
+COMPILED_NAME = "compiled"
+COMPILED_BYTES = 8 * 2**30
 
 
 def run(config: Config) -> None:
@@ -72,6 +82,21 @@ class Daemon:
         directory = CheckpointDirectory(config.checkpoint_dir.absolute())
         weights = WeightStore(catalogue, config.weights)
         self._stages = StageStore(device)
+        self.engine = Engine(
+            device,
+            self.metrics,
+            partial(prepare, max_pixels=config.max_image_pixels),
+            max_batch_size=config.max_batch_size,
+            threads=config.engine_threads,
+        )
+        self._compiler = StageCompiler(
+            device,
+            ArtefactStore(config.state_dir.absolute() / COMPILED_NAME, limit_bytes=COMPILED_BYTES),
+            plugins=config.plugin,
+            concurrency=self.engine.lanes + 1,
+            largest_batch=config.max_batch_size,
+            enabled=config.compile == "auto",
+        )
         aliases = Aliases(database)
         self.loader = Loader(
             directory,
@@ -83,18 +108,11 @@ class Daemon:
                 config.scan_interval_seconds, config.settle_seconds, config.max_loaded_versions, config.watch
             ),
             pinned=aliases.all,
+            on_loaded=self._compiler.consider,
         )
-        self.engine = Engine(device, self.metrics, max_batch_size=config.max_batch_size)
-        self.predictor = Predictor(
-            self.loader,
-            aliases,
-            self.engine,
-            self.metrics,
-            decode_threads=os.cpu_count() or 1,
-            max_image_pixels=config.max_image_pixels,
-            max_queued_images=config.max_queued_images,
-            max_queued_bytes=config.max_queued_bytes,
-        )
+        admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
+        chooser = Chooser(self.loader, aliases)
+        self.predictor = Predictor(chooser, self.engine, admission, self.metrics)
         self.jobs = JobSupervisor(
             JobStore(database),
             directory=directory,
@@ -105,19 +123,32 @@ class Daemon:
             before_success=self._see_version,
         )
         rooms = Rooms(catalogue, weights, directory, self.loader, aliases, self.predictor, self.jobs)
-        self.grpc = GrpcServer(ModelService(rooms), max_message_bytes=config.max_message_bytes)
+        count = _frontends(config, device)
+        frontends = Frontends(
+            count,
+            Answering(self.predictor.predict, chooser.preprocessing, partial(self.metrics.predict_phase, "decode")),
+            folder=config.state_dir.absolute() / "frontends",
+            max_message_bytes=config.max_message_bytes,
+            max_image_pixels=config.max_image_pixels,
+        )
+        self.grpc = GrpcServer(
+            ModelService(rooms), max_message_bytes=config.max_message_bytes, frontends=frontends if count else None
+        )
         self.metrics.watch_queue(self.engine.depth)
         self.metrics.watch_stages(self._stages.loaded)
+        self.metrics.watch_compiler(not self._compiler.unavailable, self._compiler.compiled, self._compiler.pending)
         self.http = HttpServer(application(self.metrics.registry, self._not_ready))
         self._not_ready_reason: str | None = "starting: models are being loaded"
 
     async def start(self) -> dict[str, str]:
         """Start all parts: health first, gRPC once the models on disk are loaded. Returns the two addresses."""
         http_host, http_port = await self.http.start(self._config.host, self._config.http_port)
+        self.grpc.launch()
         self.engine.start()
         first_look = asyncio.wrap_future(self.loader.refresh())
         self.loader.start()
         await first_look
+        self._compiler.start()
         await self.jobs.start()
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
         self.grpc.set_serving(True)
@@ -131,8 +162,7 @@ class Daemon:
         self.grpc.set_serving(False)
         drain = self._config.drain_seconds
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
-        self.predictor.close()
-        await asyncio.gather(asyncio.to_thread(self.loader.stop), asyncio.to_thread(self.engine.stop))
+        await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
         await self.http.stop()
 
     async def _see_version(self, *_: object) -> None:
@@ -185,6 +215,12 @@ def _locked(state_dir: Path) -> Iterator[None]:
                 f"another daemon uses the state folder {state_dir}: stop it, or give this one its own by --state-dir",
             ) from error
         yield
+
+
+def _frontends(config: Config, device: Device) -> int:
+    if config.frontends == "auto":
+        return frontends_for(usable_cores(), device.device.type)
+    return int(config.frontends)
 
 
 def _training_settings(config: Config) -> TrainingSettings:

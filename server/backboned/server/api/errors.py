@@ -93,7 +93,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BackbonedEr
     await context.abort(status.code, status.details, tuple(metadata))
 
 
-def _unknown(error: Exception, method: str) -> BackbonedError:
+def unexpected(error: Exception, method: str) -> BackbonedError:
+    """What the caller of `method` is told of an error that nobody expected; the log gets all of it."""
     reference = secrets.token_hex(4)
     log.error("%s failed, reference %s", method, reference, exc_info=error)
     return BackbonedError(
@@ -112,7 +113,7 @@ def _unary(inner: Handler | None, method: str) -> Handler:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, _unknown(error, method))
+            await _abort(context, unexpected(error, method))
 
     return call
 
@@ -129,6 +130,6 @@ def _stream(inner: Handler | None, method: str) -> Handler:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, _unknown(error, method))
+            await _abort(context, unexpected(error, method))
 
     return call

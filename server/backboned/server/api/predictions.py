@@ -1,37 +1,69 @@
 """Predict's messages and the predictor's values."""
 
+from collections.abc import Sequence
+
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid
-from backboned.server.serving.predictor import Call, Pixels, Result
+from backboned.server.serving.calls import Call, Pixels, Prediction, Result, Target
 from backboned.v1 import model_service_pb2 as pb
+
+MAX_MODELS = 64
 
 
 def to_call(request: pb.PredictRequest) -> Call:
-    """What a request asks. Raises `BackbonedError` for images that carry nothing, or can't be had here."""
-    target = request.WhichOneof("target")
+    """What a request asks.
+
+    Raises `BackbonedError` for models that are named in both ways, or too many, and for images that carry nothing, or
+    can't be had here.
+    """
     return Call(
-        model=request.model,
+        targets=_targets(request),
         images=[_image(image, index) for index, image in enumerate(request.images)],
-        version=request.version if target == "version" else None,
-        alias=request.alias if target == "alias" else None,
         top_k=request.top_k,
         labels=tuple(request.labels),
-        embedding=request.return_embedding,
+        embedding=request.return_embedding or bool(request.embedding_stage),
+        embedding_stage=request.embedding_stage,
     )
 
 
-def to_response(result: Result) -> pb.PredictResponse:
-    """What is answered."""
+def to_response(request: pb.PredictRequest, results: Sequence[Result]) -> pb.PredictResponse:
+    """What is answered to a request: `results`, one for each of the call's targets."""
+    if request.models:
+        return pb.PredictResponse(
+            results=[
+                pb.ModelPredictions(model=r.model, version=r.version, predictions=map(_prediction, r.predictions))
+                for r in results
+            ]
+        )
+    (result,) = results
     return pb.PredictResponse(
-        model=result.model,
-        version=result.version,
-        predictions=[
-            pb.Prediction(
-                id=p.id,
-                classes=[pb.ClassProbability(label=label, probability=value) for label, value in p.classes],
-                embedding=p.embedding,
-            )
-            for p in result.predictions
-        ],
+        model=result.model, version=result.version, predictions=map(_prediction, result.predictions)
+    )
+
+
+def _targets(request: pb.PredictRequest) -> tuple[Target, ...]:
+    if not request.models:
+        return (_target(request),)
+    if request.model or request.WhichOneof("target"):
+        raise invalid("give `model`, with its `version` or `alias`, or give `models`, not both", field="models")
+    if len(request.models) > MAX_MODELS:
+        raise invalid(f"{len(request.models)} models in one request; send at most {MAX_MODELS}", field="models")
+    return tuple(map(_target, request.models))
+
+
+def _target(named: pb.PredictRequest | pb.ModelTarget) -> Target:
+    target = named.WhichOneof("target")
+    return Target(
+        named.model,
+        version=named.version if target == "version" else None,
+        alias=named.alias if target == "alias" else None,
+    )
+
+
+def _prediction(prediction: Prediction) -> pb.Prediction:
+    return pb.Prediction(
+        id=prediction.id,
+        classes=[pb.ClassProbability(label=label, probability=value) for label, value in prediction.classes],
+        embedding=prediction.embedding,
     )
 
 

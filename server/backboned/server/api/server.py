@@ -7,6 +7,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from backboned.server.api.errors import ErrorInterceptor
+from backboned.server.api.frontends import Frontends, unix_address
 from backboned.server.api.health import Health
 from backboned.server.api.service import ModelService
 from backboned.server.listening import listen
@@ -17,9 +18,12 @@ SERVICE = pb.DESCRIPTOR.services_by_name["ModelService"].full_name
 
 
 class GrpcServer:
-    """The service on a port. For one event loop."""
+    """The service on a port. For one event loop.
 
-    def __init__(self, service: ModelService, *, max_message_bytes: int) -> None:
+    With `frontends`, these have the port, and the server is behind them, on a Unix socket in a folder of theirs.
+    """
+
+    def __init__(self, service: ModelService, *, max_message_bytes: int, frontends: Frontends | None = None) -> None:
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
             options=[
@@ -28,14 +32,22 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
+        self._frontends = frontends
         self._health = Health(SERVICE)
         pb_grpc.add_ModelServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
+    def launch(self) -> None:
+        """Start the front ends' processes, if there are to be some: what they import takes its time."""
+        if self._frontends is not None:
+            self._frontends.launch()
+
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port, a free one for 0. Raises `OSError` if it can't be had."""
+        if self._frontends is not None:
+            return await self._start_behind(self._frontends, host, port)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             listen(host, port, "gRPC").close()  # gRPC itself would say less, on lines of its own
@@ -52,4 +64,15 @@ class GrpcServer:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new calls, finish those in flight within `drain_seconds`, then cancel the rest."""
         self._health.end()
+        if self._frontends is not None:
+            await self._frontends.stop(drain_seconds)  # before what they stand on
         await self._server.stop(drain_seconds)
+        if self._frontends is not None:
+            self._frontends.remove_socket()
+
+    async def _start_behind(self, frontends: Frontends, host: str, port: int) -> int:
+        path = frontends.make_socket()
+        self._server.add_insecure_port(unix_address(path))
+        path.chmod(0o600)
+        await self._server.start()
+        return await frontends.start(host, port)

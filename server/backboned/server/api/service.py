@@ -119,7 +119,7 @@ class ModelService(NotYet):
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""
-        return to_response(await self._rooms.predictor.predict(to_call(request)))
+        return to_response(request, await self._rooms.predictor.predict(to_call(request)))
 
     def PredictStream(
         self, requests: AsyncIterator[pb.PredictRequest], context: Context

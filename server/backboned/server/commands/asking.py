@@ -13,24 +13,31 @@ BYTES_A_CALL = 24 * 2**20
 
 @dataclass(frozen=True)
 class Answer:
-    """What the daemon said of one image: a prediction of a version, or why there is none."""
+    """What was said of one image: by each model that was asked, in their order; or why nothing was."""
 
     image: Path
     label: str | None
-    version: int = 0
-    prediction: pb.Prediction | None = None
+    said: tuple["Said", ...] = ()
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of every image."""
+class Said:
+    """A version's prediction."""
 
     model: str
-    version: int | None
-    alias: str | None
+    version: int
+    prediction: pb.Prediction
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image; `models` are named as `Client.predict_models` takes them."""
+
+    models: Sequence[str]
     top_k: int
     return_embedding: bool
+    embedding_stage: str
 
 
 def ask(client: Client, question: Question, paths: Sequence[Path], labels: Sequence[str | None]) -> Iterator[Answer]:
@@ -54,14 +61,13 @@ def _ask_once(
     client: Client, question: Question, paths: Sequence[Path], labels: Sequence[str | None]
 ) -> Iterator[Answer]:
     try:
-        reply = client.predict(
-            question.model,
+        results = client.predict_models(
+            question.models,
             paths,
-            version=question.version,
-            alias=question.alias,
             top_k=question.top_k,
             labels=[label for label in labels if label is not None],
             return_embedding=question.return_embedding,
+            embedding_stage=question.embedding_stage,
         )
     except ClientError as error:
         if not (error.field or "").startswith("images["):
@@ -72,5 +78,5 @@ def _ask_once(
         for path, label in zip(paths, labels, strict=True):
             yield from _ask_once(client, question, [path], [label])
         return
-    for path, label, prediction in zip(paths, labels, reply.predictions, strict=True):
-        yield Answer(path, label, reply.version, prediction)
+    for i, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        yield Answer(path, label, tuple(Said(r.model, r.version, r.predictions[i]) for r in results))

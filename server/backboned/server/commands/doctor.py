@@ -98,11 +98,10 @@ def _port(subject: str, host: str, port: int) -> Finding:
 
 
 def _compiler() -> Finding:
-    name = os.environ.get("CXX", "g++")
-    found = shutil.which(name) or shutil.which("clang++")
-    if found:
-        return Finding("ok", "compiler", found)
-    return Finding("warn", "compiler", f"no C++ compiler ({name}, clang++): networks can't be compiled on this machine")
+    from backboned.server.compute.toolchain import missing_for_compiling
+
+    missing = missing_for_compiling()
+    return Finding("warn", "compiler", missing) if missing else Finding("ok", "compiler", "networks can be compiled")
 
 
 def _device(config: Config) -> Finding:

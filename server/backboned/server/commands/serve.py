@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from backboned.server.commands.options import ConfigFile
 from backboned.server.config import Config, load_config
+from backboned.server.process import tune_process
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -22,6 +23,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     """
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     loaded = load_config(given, config)
+    tune_process()
     from backboned.server.daemon import run  # brings torch
 
     run(loaded.config)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -28,9 +27,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from backboned.registry.errors import BackbonedError, invalid
-
-Pixels = NDArray[np.uint8]
-"""`[height, width, 3]` uint8 RGB."""
 
 
 class _Format(NamedTuple):
@@ -49,7 +45,22 @@ _FORMATS = (
     _Format("BMP", re.compile(rb"BM"), BmpImageFile),
     _Format("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
+_LARGE_PIXELS = 2_000_000
 _FORMAT_NAMES = ", ".join(f.name for f in _FORMATS)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation."""
+
+_ON_ITS_SIDE = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def decode(data: bytes, *, max_pixels: int) -> Tensor:
@@ -62,6 +73,27 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
     for one of more than `max_pixels` pixels, which is told from the header, before any pixel is decoded. JPEG, GIF
     and WebP have no checksum: damage inside that leaves a valid stream can't be told from a picture.
     """
+    return torch.from_numpy(np.array(decode_picture(data, max_pixels=max_pixels).image)).permute(2, 0, 1)
+
+
+class Picture(NamedTuple):
+    """A decoded picture in RGB, upright. `width` and `height` are those that the file tells, in whole pixels of it.
+
+    A JPEG may have been decoded `reduced` times smaller, by 2, 4 or 8.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    reduced: int = 1
+
+
+def decode_picture(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Picture:
+    """The same picture as `decode`, for PIL.
+
+    Where a `short_side` is given, a JPEG of at least two megapixels is decoded at a half, a quarter or an eighth of its
+    size, as long as its own short side is twice as long then. Raises as `decode` does.
+    """
     if not data:
         raise invalid(f"an image is empty: it has 0 bytes; send the bytes of an image file ({_FORMAT_NAMES})")
     file_format = next((f for f in _FORMATS if f.signature.match(data)), None)
@@ -69,22 +101,28 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
         raise invalid(f"not an image that can be read: it begins with {data[:16]!r}, which is none of {_FORMAT_NAMES}")
     try:
         image = file_format.open(BytesIO(data))
-        _check_size(image.width, image.height, max_pixels)
+        width, height = image.size
+        _check_size(width, height, max_pixels)
         if file_format.name == "PNG":
             file_format.open(BytesIO(data)).verify()  # the CRCs: `load` doesn't look at those of pixels
         header_bytes = image.fp.tell() if image.fp else 0
+        reduced = _reduce(image, short_side) if file_format.name == "JPEG" and short_side else 1
         image.load()
-        pixels = _pixels(image)
+        picture = _in_rgb(image)
         if file_format.name == "JPEG" and _is_cut_short(
-            data, header_bytes, pixels, progressive="progression" in image.info
+            data, header_bytes, picture, progressive="progression" in image.info
         ):
             raise OSError("truncated")
-        pixels = _upright(pixels, _orientation(image))
+        turn = _TURNS.get(_orientation(image))
     except BackbonedError:
         raise
     except Exception as error:  # decoders raise whatever they like on foreign bytes
         raise invalid(f"not an image that can be read: {file_format.name} {_damage(error, len(data))}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if turn is None:
+        return Picture(picture, width, height, reduced)
+    if turn in _ON_ITS_SIDE:
+        width, height = height, width
+    return Picture(picture.transpose(turn), width, height, reduced)
 
 
 def from_pixels(data: bytes, shape: Sequence[int], *, max_pixels: int) -> Tensor:
@@ -103,6 +141,16 @@ def from_pixels(data: bytes, shape: Sequence[int], *, max_pixels: int) -> Tensor
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape).permute(2, 0, 1)
 
 
+def _reduce(image: ImageFile, short_side: int) -> int:
+    """Have a JPEG decoded smaller, if that still leaves twice the `short_side`; tells by how much."""
+    before = image.width
+    if before * image.height < _LARGE_PIXELS:
+        return 1
+    wanted = 2 * short_side
+    image.draft(image.mode, (wanted, wanted))
+    return round(before / image.width)
+
+
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise invalid(f"an image has no pixels: it is {width}x{height}")
@@ -113,7 +161,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _is_cut_short(data: bytes, header_bytes: int, pixels: Pixels, progressive: bool) -> bool:
+def _is_cut_short(data: bytes, header_bytes: int, picture: Image.Image, progressive: bool) -> bool:
     """Whether a JPEG that PIL could load lacks its end.
 
     libjpeg makes pixels of whatever follows, and flat grey once an end marker came too early. So the marker must be
@@ -123,7 +171,9 @@ def _is_cut_short(data: bytes, header_bytes: int, pixels: Pixels, progressive: b
     end = data.find(b"\xff\xd9", header_bytes)
     if end < 0:
         return True
-    if progressive or not (pixels[-1, -8:] == 128).all():
+    width, height = picture.size
+    corner = picture.crop((max(width - 8, 0), height - 1, width, height))
+    if progressive or any(extreme != (128, 128) for extreme in corner.getextrema()):
         return False
     try:
         JpegImageFile(BytesIO(data[:end] + bytes(16))).load()
@@ -132,18 +182,20 @@ def _is_cut_short(data: bytes, header_bytes: int, pixels: Pixels, progressive: b
     return False
 
 
-def _pixels(image: Image.Image) -> Pixels:
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)  # as PIL does for 16-bit RGB; its `convert` would clip grey at 255
         grey[values == image.info.get("transparency", -1)] = 255
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise invalid(f"{image.format} with {kind} pixels has no defined white; save it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -151,17 +203,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken EXIF says nothing about the pixels
         return 1
-
-
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Turn `pixels` by an EXIF orientation, 1 to 8; any other is taken as 1."""
-    if not 2 <= orientation <= 8:
-        return pixels
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
 def _damage(error: Exception, size_bytes: int) -> str:

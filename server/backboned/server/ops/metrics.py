@@ -118,6 +118,16 @@ class Metrics:
         self._stages_loaded.set_function(lambda: loaded()[0])
         self._stage_memory.set_function(lambda: loaded()[1])
 
+    def precision_deviation(self, model: str, deviation: float) -> None:
+        """The model's newest load, in reduced precision, gave probabilities within `deviation` of float32's."""
+        self._precision_deviation.labels(model).set(deviation)
+
+    def watch_compiler(self, available: bool, compiled: Callable[[], float], pending: Callable[[], float]) -> None:
+        """Tell whether stages can be compiled here; ask how many are, and how many will be, whenever scraped."""
+        self._compiler_available.set(available)
+        self._stages_compiled.set_function(compiled)
+        self._stages_compiling.set_function(pending)
+
     # Checkpoints
 
     def checkpoint_load(self, result: str, seconds: float) -> None:
@@ -178,6 +188,14 @@ class Metrics:
         self._serving_version = self._gauge("serving_version", "Version that answers by default.", ("model",))
         self._stages_loaded = self._gauge("stages_loaded", "Distinct stages in memory.")
         self._stage_memory = self._gauge("stage_memory_bytes", "Size of their tensors.")
+        self._stages_compiled = self._gauge("stages_compiled", "Stages in memory that run compiled.")
+        self._stages_compiling = self._gauge("stages_compiling", "Stages that are being compiled, or wait for it.")
+        self._compiler_available = self._gauge("compiler_available", "Whether stages can be compiled here (0 or 1).")
+        self._precision_deviation = self._gauge(
+            "precision_deviation",
+            "Largest difference of a probability from fp32, over a few photos, at the model's newest load.",
+            ("model",),
+        )
 
     def _add_checkpoints(self) -> None:
         self._checkpoint_loads = self._counter("checkpoint_loads_total", "Checkpoints read, by result.", ("result",))

@@ -1,127 +1,194 @@
-"""The engine: one thread that runs batches of whatever queued while the device was busy. No timer."""
+"""The engine: threads that each take what is waiting, prepare it, and run it through the tree. No timer anywhere.
+
+On a CPU there is one lane for each core, single-threaded while the others work: no barrier at every operator, and all
+read the same weights. A lane decodes an image and then looks whether more have come meanwhile, up to its share of all
+that is under way: so a batch is what queued while the device worked, and a call that is alone doesn't wait. On CUDA a
+pool of threads decodes ahead, and two lanes, each with a stream and a pinned buffer, overlap copies and kernels.
+"""
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from backboned.registry.backbone import Preprocessing
-from backboned.registry.errors import BackbonedError, ErrorKind
-from backboned.server.compute.device import Device
-from backboned.server.compute.preprocess import normalise
+from backboned.server.compute.device import Device, usable_cores
+from backboned.server.compute.stages import LoadedStage
+from backboned.server.serving.calls import Pixels, Prepared
+from backboned.server.serving.lane import Lane, as_told
+from backboned.server.serving.queue import FairQueue, Group, Item
 from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.serving.telemetry import ServingTelemetry
-from backboned.server.serving.tree import Row, run_tree
+from backboned.server.serving.tree import Answer
 
 log = logging.getLogger(__name__)
 
+Prepare = Callable[[bytes | Pixels | Prepared, Preprocessing], Tensor]
+_Outcomes = Sequence[tuple[Answer, ...] | Exception]
 
-@dataclass(frozen=True)
-class Answer:
-    """What one image gets: logits `[outputs]` and pooled features `[feature_size]`, on the CPU in float32."""
-
-    logits: Tensor
-    features: Tensor
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prepared image `[3, crop, crop]` uint8 on its way through a model; `future` belongs to the event loop."""
-
-    model: LoadedModel
-    image: Tensor
-    future: "asyncio.Future[Answer]"
-    queued_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def group(self) -> tuple[str, Preprocessing]:
-        """Items of one group can ride in one batch."""
-        return self.model.path[0].key[0], self.model.manifest.preprocessing
+_EAGER_BATCH_ON_CPU = 8
+_CUDA_LANES = 2
 
 
 class Engine:
-    """Runs items in batches on one device. `submit` is for the event loop it was made in."""
+    """Runs images through models on one device. `submit` is for the event loop that it is called in."""
 
-    def __init__(self, device: Device, telemetry: ServingTelemetry, *, max_batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        device: Device,
+        telemetry: ServingTelemetry,
+        prepare: Prepare,
+        *,
+        max_batch_size: int = 32,
+        threads: int = 0,
+    ) -> None:
+        """`prepare` makes `[3, crop, crop]` uint8 of an image, in any thread; `threads` 0 chooses the lanes."""
         self._device = device
         self._telemetry = telemetry
+        self._prepare = prepare
         self._max_batch_size = max_batch_size
-        self._queue: deque[Item] = deque()
+        self._on_cpu = device.device.type == "cpu"
+        self._cores = usable_cores()
+        self._lanes = threads or (self._cores if self._on_cpu else _CUDA_LANES)
+        self._decoders = None if self._on_cpu else ThreadPoolExecutor(self._cores, thread_name_prefix="decode")
+        self._queue = FairQueue()
         self._changed = threading.Condition()
+        self._preparing = 0
+        self._taken = 0
         self._stopping = False
         self._images_per_second = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"engine-{i}", daemon=True) for i in range(self._lanes)
+        ]
+
+    @property
+    def lanes(self) -> int:
+        """How many batches can run at once."""
+        return self._lanes
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Compute what is queued, then stop."""
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=True)
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout=60)
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=60)
 
-    def submit(self, model: LoadedModel, image: Tensor) -> "asyncio.Future[Answer]":
-        """Queue one prepared image. Cancelling the future leaves it out, unless its batch has begun."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        with self._changed:
-            self._queue.append(Item(model, image, future))
-            self._changed.notify()
-        return future
+    def submit(
+        self, models: Sequence[LoadedModel], sources: Sequence[bytes | Pixels | Prepared], tap: int | None = None
+    ) -> "list[asyncio.Future[tuple[Answer, ...]]]":
+        """Queue images, each to be answered by every one of `models`, which are of one group.
+
+        `tap` is the place in their paths whose pooled output is the embedding. Cancelling a future leaves its image
+        out, unless its batch has begun.
+        """
+        loop = asyncio.get_running_loop()
+        items = [Item(tuple(models), source, loop.create_future(), tap) for source in sources]
+        if self._decoders is None:
+            self._add(items)
+        else:
+            with self._changed:
+                self._preparing += len(items)
+            for item in items:
+                self._decoders.submit(self._prepare_ahead, item)
+        return [item.future for item in items]
 
     def depth(self) -> int:
         """How many images wait."""
-        return len(self._queue)
+        return len(self._queue) + self._preparing
 
     def seconds_to_clear(self, images: int) -> float:
         """About how long `images` take at the speed of the last batches."""
-        return images / self._images_per_second if self._images_per_second else 1.0
+        return images / (self._images_per_second * self._lanes) if self._images_per_second else 1.0
+
+    def _add(self, items: Sequence[Item]) -> None:
+        with self._changed:
+            self._queue.add(items)
+            self._changed.notify(len(items))
 
     def _run(self) -> None:
-        while (batch := self._take()) is not None:
-            if not batch:
-                continue
+        if self._on_cpu:
+            torch.set_num_threads(1)
+        lane = Lane(self._device, self._max_batch_size)
+        while (batch := self._gather()) is not None:
             started = time.monotonic()
-            try:
-                answers: Sequence[Answer | Exception] = self._compute(batch)
-            except Exception as error:  # nothing that a batch does may end the engine
-                log.exception("a batch of %d images failed", len(batch))
-                answers = [error] * len(batch)
-            self._tell(batch, started)
-            batch[0].future.get_loop().call_soon_threadsafe(_deliver, batch, answers)
+            live = [item for item in batch if not item.future.done()]
+            if live:
+                if self._on_cpu:
+                    torch.set_num_threads(self._threads_for(len(batch)))
+                try:
+                    outcomes: _Outcomes = lane.run(live)
+                except Exception as error:  # nothing that a batch does may end a lane
+                    log.exception("a batch of %d images failed", len(live))
+                    outcomes = [as_told(error)] * len(live)
+                self._tell(live, started)
+                deliver(live, outcomes)
+            with self._changed:
+                self._taken -= len(batch)
 
-    def _take(self) -> list[Item] | None:
-        """The next batch: the oldest item, and those behind it that can ride along. None when it is time to stop."""
-        with self._changed:
-            while not self._queue:
-                if self._stopping:
-                    return None
-                self._changed.wait()
-            batch: list[Item] = []
-            rest: list[Item] = []
-            while self._queue and len(batch) < self._max_batch_size:
-                item = self._queue.popleft()
-                if item.future.cancelled():
+    def _gather(self) -> list[Item] | None:
+        """The next batch, prepared. None when it is time to stop."""
+        batch: list[Item] = []
+        group = None
+        while True:
+            with self._changed:
+                while not batch and not len(self._queue) and not self._stopping:
+                    self._changed.wait()
+                item = self._queue.take(group) if len(batch) < self._share(batch) else None
+                if item is None:
+                    if batch or self._stopping:
+                        return batch or None
                     continue
-                (rest if batch and item.group != batch[0].group else batch).append(item)
-            self._queue.extendleft(reversed(rest))
-            return batch
+                self._taken += 1
+            if item.image is not None or self._prepare_now(item):
+                batch.append(item)
+                group = group or Group.of(item.models[0])
+            else:
+                with self._changed:
+                    self._taken -= 1
 
-    @torch.inference_mode()
-    def _compute(self, batch: Sequence[Item]) -> list[Answer | Exception]:
-        images = torch.stack([item.image for item in batch]).to(self._device.device, non_blocking=True)
-        x = normalise(images, batch[0].model.manifest.preprocessing).to(self._device.dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return [_answer(row) for row in run_tree([item.model for item in batch], x)]
+    def _share(self, batch: Sequence[Item]) -> int:
+        """How many images a batch that begins with these should have: as many as the other lanes', in a good size."""
+        if not batch:
+            return 1
+        under_way = len(self._queue) + self._taken
+        return good_size(batch[0].models[0].path, -(-under_way // self._lanes), self._max_batch_size, self._on_cpu)
+
+    def _threads_for(self, images: int) -> int:
+        """The cores that a batch of so many images should use: all, if it is alone."""
+        batches = -(-(len(self._queue) + self._taken) // images)
+        return max(1, self._cores // min(batches, self._lanes))
+
+    def _prepare_ahead(self, item: Item) -> None:
+        ready = not item.future.done() and self._prepare_now(item)
+        with self._changed:
+            self._preparing -= 1
+        if ready:
+            self._add([item])
+
+    def _prepare_now(self, item: Item) -> bool:
+        started = time.monotonic()
+        try:
+            item.image = self._prepare(item.source, item.models[0].manifest.preprocessing)
+        except Exception as error:  # a bad image costs its own call alone
+            deliver([item], [as_told(error)])
+            return False
+        if not isinstance(item.source, Prepared):  # whose front end tells the time that it took
+            self._telemetry.predict_phase("decode", time.monotonic() - started)
+        return True
 
     def _tell(self, batch: Sequence[Item], started: float) -> None:
         seconds = time.monotonic() - started
@@ -133,23 +200,25 @@ class Engine:
             self._telemetry.predict_phase("queue", started - item.queued_at)
 
 
-def _answer(row: Row | Exception) -> Answer | Exception:
-    if isinstance(row, torch.OutOfMemoryError):
-        return BackbonedError(
-            ErrorKind.RESOURCE_EXHAUSTED, "the device is out of memory; try again", retry_delay_seconds=1.0
-        )
-    if isinstance(row, Exception):
-        return row
-    features, logits = row
-    pooled = features.float().flatten(1).mean(dim=1) if features.dim() > 1 else features.float()
-    return Answer(logits.cpu(), pooled.cpu())
+def good_size(path: Sequence[LoadedStage], images: int, largest: int, on_cpu: bool) -> int:
+    """The size of batch to make of `images` that wait: the largest of the pieces in which they are computed soonest."""
+    compiled = [stage.compiled for stage in path if stage.compiled is not None]
+    if not compiled:
+        return max(1, min(images, _EAGER_BATCH_ON_CPU if on_cpu else largest, largest))
+    images = max(1, min(images, max(each.best_size for each in compiled), largest))
+    return max(each.pieces(images)[0] for each in compiled)
 
 
-def _deliver(batch: Sequence[Item], answers: Sequence[Answer | Exception]) -> None:
-    for item, answer in zip(batch, answers, strict=True):
+def deliver(batch: Sequence[Item], outcomes: _Outcomes) -> None:
+    """Hand outcomes to the event loop that waits for them."""
+    batch[0].future.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
+
+
+def _deliver(batch: Sequence[Item], outcomes: _Outcomes) -> None:
+    for item, outcome in zip(batch, outcomes, strict=True):
         if item.future.done():
             continue
-        if isinstance(answer, Exception):
-            item.future.set_exception(answer)
+        if isinstance(outcome, Exception):
+            item.future.set_exception(outcome)
         else:
-            item.future.set_result(answer)
+            item.future.set_result(outcome)

@@ -7,9 +7,11 @@ here, off the request path; readers only ever see one finished snapshot or the n
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+
+import torch
 
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
@@ -20,7 +22,7 @@ from backboned.registry.recognise import Recogniser
 from backboned.registry.version import VersionReader, VersionWeights
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.canary import Canary
-from backboned.server.compute.stages import StageStore
+from backboned.server.compute.stages import LoadedStage, StageStore
 from backboned.server.serving.library import Library, version_numbers
 from backboned.server.serving.plan import Action, Adopt, DropState, Load, VersionKey, plan
 from backboned.server.serving.snapshot import LoadedModel, Snapshot
@@ -28,6 +30,9 @@ from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.watch import Watcher, WatchMode
 
 log = logging.getLogger(__name__)
+
+Path = tuple[LoadedStage, ...]
+"""The stages of a model, the head last."""
 
 _HINT_PAUSE_SECONDS = 0.01
 _POLL_SECONDS = 1.0
@@ -58,16 +63,22 @@ class Loader:
         telemetry: ServingTelemetry,
         settings: LoaderSettings,
         pinned: Callable[[], Mapping[str, Mapping[str, int]]],
+        on_loaded: Callable[[Sequence[Path]], None] = lambda _: None,
     ) -> None:
-        """`pinned` tells the aliases of each model, whose versions stay loaded."""
+        """`pinned` tells the aliases of each model, whose versions stay loaded.
+
+        `on_loaded` is told the paths of all that is loaded, whenever that has changed, before it serves.
+        """
         self._directory = directory
         self._weights = weights
         self._stages = stages
         self._telemetry = telemetry
         self._settings = settings
         self._pinned = pinned
+        self._on_loaded = on_loaded
+        self._told: Sequence[Path] = ()
         self._reader = VersionReader(directory, Recogniser(catalogue), weights)
-        self._canary = Canary()
+        self._canary = Canary(stages)
         self._library = Library(directory)
         self._snapshot = Snapshot()
         self._watcher = Watcher(directory.root, self.hint, settings.watch)
@@ -210,9 +221,20 @@ class Loader:
 
     def _place(self, version: VersionWeights) -> LoadedModel:
         """Put a version on the device, and see that it answers."""
-        path = self._stages.path(version.backbone, version.stages)
-        self._canary.check(path, version.manifest.preprocessing, self._stages.device)
-        return LoadedModel(version.manifest, path, version.shared)
+        manifest, backbone, device = version.manifest, version.backbone, self._stages.device
+        path = self._stages.path(backbone, version.stages)
+        if device.dtype == torch.float32:
+            self._canary.check(path, manifest.preprocessing)
+            return LoadedModel(manifest, path, version.shared)
+        agreement = self._canary.compare(path, manifest.preprocessing, manifest.task, backbone, version.stages)
+        name = f"{manifest.model} version {manifest.version}"
+        log.info("%s in %s and in fp32: %s", name, device.precision, agreement)
+        self._telemetry.precision_deviation(manifest.model, agreement.deviation)
+        if not agreement.close:
+            log.warning("%s runs in fp32: %s is too coarse for it", name, device.precision)
+            path = self._stages.path(backbone, version.stages, torch.float32)
+            self._canary.check(path, manifest.preprocessing)
+        return LoadedModel(manifest, path, version.shared)
 
     def _adopt(self, action: Adopt) -> str:
         drop = action.drop
@@ -275,6 +297,10 @@ class Loader:
             return frozenset(self._wanted) | pinned
 
     def _publish(self) -> None:
+        paths = tuple(model.path for model in self._library.loaded.values())
+        if paths != self._told:
+            self._told = paths
+            self._on_loaded(paths)
         before, self._snapshot = self._snapshot, self._library.snapshot()
         self._published = time.monotonic()
         serving = version_numbers(self._snapshot.models)

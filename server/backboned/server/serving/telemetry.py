@@ -24,6 +24,9 @@ class ServingTelemetry(Protocol):
     def serving_version(self, model: str, version: int) -> None:
         """`version` now answers for `model` by default."""
 
+    def precision_deviation(self, model: str, deviation: float) -> None:
+        """The largest difference of a probability from float32's, over a few photos, of a version that was loaded."""
+
     def forget_model(self, model: str) -> None:
         """The model is gone."""
 

@@ -15,7 +15,7 @@ from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
-from backboned.server.compute.preprocess import augment, normalise, prepare
+from backboned.server.compute.preprocess import augment, normalise, read
 from backboned.server.compute.stages import LoadedStage, run_path
 
 _ROWS_AT_ONCE = {"cpu": 16, "cuda": 64}
@@ -66,9 +66,13 @@ class Images:
     def read(self, index: int) -> Tensor:
         """All views of an image: `[views, 3, crop, crop]` uint8. Raises `BackbonedError` or `OSError`."""
         path = self.paths[index]
-        image = decode(path.read_bytes(), max_pixels=self.max_pixels)
+        data = path.read_bytes()
+        served = read(data, self.preprocessing, max_pixels=self.max_pixels)
+        if self.views == 1:
+            return served[None]
+        image = decode(data, max_pixels=self.max_pixels)
         others = (augment(image, self.preprocessing, self._seed(path, view)) for view in range(1, self.views))
-        return torch.stack([prepare(image, self.preprocessing), *others])
+        return torch.stack([served, *others])
 
     def _seed(self, path: Path, view: int) -> int:
         name = f"{self.seed}\0{view}\0{path.parent.name}/{path.name}"

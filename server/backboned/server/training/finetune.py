@@ -44,7 +44,7 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Callable[[], None]) -> None:
     if start.head_rows:
         emit(LogLine(f"the head keeps {start.head_rows} rows of version {options.warm_start_version}"))
 
-    device = Device.choose(spec.device)
+    device = Device.choose(spec.device, "fp32")
     dataset, train, validation = _features(spec, device, backbone, options, start, dataset, emit, check)
     objective = Objective.balanced(options.task, train.targets, len(dataset.classes))
     network = Network.build(backbone, start.stages, options.trainable_stages, device.device)

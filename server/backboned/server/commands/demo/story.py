@@ -106,6 +106,7 @@ def _flags(folder: Path, weights: Path) -> list[str]:
         *_folders(folder, weights),
         f"--data-root={folder / 'images'}",
         "--device=cpu",
+        "--compile=off",
         "--host=127.0.0.1",
         "--grpc-port=0",
         "--http-port=0",

@@ -1,0 +1,114 @@
+"""Parts `overload` and `warm`: far too many requests, and a start on what an earlier one has compiled."""
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from backboned.client import Client
+from benchmarks._bench import Bench, median
+from benchmarks._daemon import Daemon
+from benchmarks._processes import resident_bytes
+
+TIMES = 20
+_IMPORTS = "import backboned.server.commands, backboned.server.daemon"
+
+
+class _Peak:
+    """The most memory that a daemon has been seen with, in bytes, while the block runs."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._pid = daemon.pid
+        self.bytes = resident_bytes(daemon.pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "_Peak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            self.bytes = max(self.bytes, resident_bytes(self._pid))
+
+
+def overload(bench: Bench, backbone: str) -> None:
+    """20 times more requests than are answered at best, whether they are answered or not."""
+    models = bench.maker(backbone).heads(1)
+    seconds = 3.0 if bench.settings.quick else 30.0
+    with bench.daemon(f"{backbone}-overload", backbone, models) as daemon:
+        best = [bench.load(daemon, backbone, models, callers=32) for _ in range(bench.settings.rounds)]
+        rate = TIMES * median(best, "images_per_second")
+        before = resident_bytes(daemon.pid)
+        with _Peak(daemon) as peak:
+            flooded = bench.load(daemon, backbone, models, rate=rate, seconds=seconds)
+        after = bench.load(daemon, backbone, models, callers=32)
+    memory = {"before": before, "peak": peak.bytes}
+    bench.found.measurements[f"overload {backbone}"] = {
+        "best": best, "flooded": flooded, "after": after, "rate": rate, "memory_bytes": memory,
+    }  # fmt: skip
+    _tell_overload(bench, f"{backbone}, overload", median(best, "images_per_second"), flooded, memory)
+    bench.found.add(f"{backbone}, overload", "afterwards, 32 callers", after["images_per_second"], "images/s")
+
+
+def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any], memory: dict[str, int]) -> None:
+    add, seconds, cores = bench.found.add, flooded["seconds"], len(bench.cores)
+    sent, codes = flooded["sent"] / seconds, dict(flooded["codes"])
+    add(group, "best, 32 callers", best, "images/s")
+    add(group, "sent", sent, "requests/s", note=f"{sent / best:.1f} times the best; {TIMES * best:.0f} were due")
+    callers = flooded["callers_cpu_seconds"] / seconds
+    ratio = flooded["images_per_second"] / best
+    left = ratio / (1 - callers / cores)
+    note = f"the callers took {callers:.2f} of {cores} cores: {left:.2f} of the best a core left"
+    add(group, "answered", flooded["images_per_second"], "images/s", ratio=ratio, wanted="≥ 0.90", note=note)
+    refused = flooded["latency_ms"].get("RESOURCE_EXHAUSTED")
+    if refused:
+        count = codes["RESOURCE_EXHAUSTED"]
+        undelayed = f"{flooded['refused_without_delay']} of {count} without a retry delay"
+        note = f"p50 {refused['p50']:.1f}, p99 {refused['p99']:.1f} ms; {undelayed}"
+        add(group, "refused, latest", refused["max"], "ms", wanted="< 50", note=note)
+    others = sum(count for code, count in codes.items() if code not in ("OK", "RESOURCE_EXHAUSTED"))
+    add(group, "other status codes", others, "calls", wanted="0", note=str(codes))
+    add(group, "memory, peak", memory["peak"] / 1e6, "MB", note=f"{memory['before'] / 1e6:.0f} MB before")
+
+
+def warm(bench: Bench, backbone: str) -> None:
+    """Starts on a state folder in which everything is compiled already."""
+    models, name = bench.maker(backbone).heads(1), f"{backbone}-warm"
+    with bench.daemon(name, backbone, models):
+        pass
+    starts = [_start(bench, name, backbone) for _ in range(bench.settings.rounds)]
+    bench.found.measurements[f"warm {backbone}"] = starts
+    group = f"{backbone}, warm start"
+    ready, imports = median(starts, "ready_seconds"), median(starts, "import_seconds")
+    after = statistics.median(s["ready_seconds"] - s["import_seconds"] for s in starts)
+    bench.found.add(group, "ready", ready, "s", note=f"{imports:.2f} s of it for imports")
+    bench.found.add(group, "ready after the imports", after, "s", wanted="≤ 3")
+    compiled = [s["compiled_stages"] for s in starts]
+    note = f"first answer after {median(starts, 'first_answer_ms'):.0f} ms more"
+    bench.found.add(group, "compiled stages when ready", min(c or 0 for c in compiled), "", wanted="> 0", note=note)
+
+
+def _start(bench: Bench, name: str, backbone: str) -> dict[str, Any]:
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
+    imported = time.monotonic() - begin
+    maker = bench.maker(backbone)
+    photo = next(iter(sorted((bench.work / "photos").iterdir()))).read_bytes()
+    flags = [f"--weights={backbone}={maker.weights}", f"--device={bench.settings.device}"]
+    with Daemon(bench.work / name, flags) as daemon, Client(daemon.grpc) as client:
+        compiled, begin = daemon.metric("backboned_stages_compiled"), time.monotonic()
+        client.predict("head-0000", [photo])
+        first = 1e3 * (time.monotonic() - begin)
+    return {
+        "import_seconds": imported,
+        "ready_seconds": daemon.seconds_to_ready,
+        "compiled_stages": compiled,
+        "first_answer_ms": first,
+    }

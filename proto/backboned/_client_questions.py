@@ -1,0 +1,44 @@
+"""What is asked of which models: Predict requests that have no images yet."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, TypedDict, Unpack
+
+import grpc
+
+from backboned._client_status import ClientError
+from backboned.v1 import model_service_pb2 as pb
+
+_VERSION = re.compile(r"[0-9]{1,18}")  # fits in 64 bits; no alias is a number
+
+
+class Asked(TypedDict):
+    """The fields of `PredictRequest` that hold for every image and model."""
+
+    top_k: int
+    return_embedding: bool
+    embedding_stage: str
+
+
+def to_one(model: str, version: int | None, alias: str | None, **asked: Unpack[Asked]) -> pb.PredictRequest:
+    """A request for one model. Raises `ClientError` if it is told both a version and an alias."""
+    if version is not None and alias is not None:
+        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "give a version or an alias, not both", "version")
+    target: dict[str, Any] = {"version": version} if version is not None else {"alias": alias}
+    return pb.PredictRequest(model=model, **target, **asked)
+
+
+def to_several(models: str | Iterable[str], **asked: Unpack[Asked]) -> pb.PredictRequest:
+    """A request for models named as `target` takes them. Raises `ClientError` if there is none."""
+    targets = [target(name) for name in ([models] if isinstance(models, str) else models)]
+    if not targets:
+        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "name at least one model", "models")
+    return pb.PredictRequest(models=targets, **asked)
+
+
+def target(name: str) -> pb.ModelTarget:
+    """The model that `NAME`, `NAME@VERSION` or `NAME@ALIAS` means."""
+    model, at, which = name.partition("@")
+    if _VERSION.fullmatch(which):
+        return pb.ModelTarget(model=model, version=int(which))
+    return pb.ModelTarget(model=model, alias=which) if at else pb.ModelTarget(model=model)

@@ -1,0 +1,133 @@
+"""Compiled stages on disk: shared libraries, each with a description beside it.
+
+    compiled/ab12….so  ab12….json
+
+A name is a digest of all that the code depends on: the weights, the shape, the precision, the machine's instructions
+and torch itself. So nothing here is ever out of date, and what isn't used any more goes when room is needed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from backboned.registry.atomic import write_atomically
+from backboned.registry.digest import file_digest
+from backboned.server.compute.device import Device, cpu_features
+
+log = logging.getLogger(__name__)
+
+_WORK_PREFIX = "work-"
+
+
+@dataclass(frozen=True)
+class ArtefactKey:
+    """What one compiled stage is made for. `shape` is that of its input, batch and all."""
+
+    backbone: str
+    stage: str
+    digest: str
+    shape: tuple[int, ...]
+    precision: str
+    platform: str
+
+    @property
+    def bucket(self) -> int:
+        """Images in a batch."""
+        return self.shape[0]
+
+    @property
+    def name(self) -> str:
+        """A digest of it all."""
+        return _digest(json.dumps([*asdict(self).values(), torch.__version__]))[:32]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A compiled stage on disk: its library, and the `seconds` that one batch took on one thread when it was made."""
+
+    library: Path
+    seconds: float
+
+
+class ArtefactStore:
+    """A folder of compiled stages, of at most about `limit_bytes`. Safe for threads; one process writes."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+
+    def find(self, key: ArtefactKey) -> Artefact | None:
+        """What was compiled for `key`, if it is there and whole. A damaged one is removed."""
+        library, description = self._paths(key)
+        try:
+            told = json.loads(description.read_bytes())
+            if told["sha256"] == file_digest(library):
+                os.utime(library)
+                return Artefact(library, float(told["seconds"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("the compiled stage %s can't be used: %s", library, error)
+        else:
+            log.warning("the compiled stage %s is damaged; it will be compiled again", library)
+        for path in (description, library):
+            with suppress(OSError):
+                path.unlink()
+        return None
+
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        """A folder on the same disk, gone afterwards, to compile in."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left in self._folder.glob(f"{_WORK_PREFIX}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with TemporaryDirectory(dir=self._folder, prefix=_WORK_PREFIX) as folder:
+            yield Path(folder)
+
+    def add(self, key: ArtefactKey, made: Artefact) -> Artefact:
+        """Take in what was made in a `work_folder`, and make room for it. Raises `OSError`."""
+        target, description = self._paths(key)
+        told = {
+            **asdict(key),
+            "torch": torch.__version__,
+            "seconds": made.seconds,
+            "sha256": file_digest(made.library),
+        }
+        made.library.replace(target)
+        write_atomically(description, lambda file: file.write(json.dumps(told, indent=1).encode()))
+        self._make_room(target)
+        return replace(made, library=target)
+
+    def _paths(self, key: ArtefactKey) -> tuple[Path, Path]:
+        return self._folder / f"{key.name}.so", self._folder / f"{key.name}.json"
+
+    def _make_room(self, newest: Path) -> None:
+        libraries = sorted(self._folder.glob("*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+        used = 0
+        for library in libraries:
+            used += library.stat().st_size
+            if used > self._limit_bytes and library != newest:
+                library.with_suffix(".json").unlink(missing_ok=True)
+                library.unlink(missing_ok=True)  # who has it loaded keeps it
+
+
+def platform_of(device: Device) -> str:
+    """What compiled code depends on in the machine, besides torch: its instructions, or its GPU's architecture."""
+    if device.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device.device)
+        return f"cuda {properties.name} {properties.major}.{properties.minor} {torch.version.cuda}"
+    features = sorted(f for f in cpu_features() if f.startswith(("avx", "amx", "fma", "asimd", "sve", "bf16")))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {_digest(' '.join(features))[:16]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,56 @@
+"""How much may wait: in images, in bytes, and for one model in what the others leave."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from backboned.registry.errors import BackbonedError, ErrorKind
+
+
+class Admission:
+    """Bounds what is under way, from a call's arrival to its answer. For one thread.
+
+    A model may hold as much as is still free, and so at most half of everything: however fast its calls come, another
+    model's find room.
+    """
+
+    def __init__(self, max_images: int, max_bytes: int, seconds_to_clear: Callable[[int], float]) -> None:
+        """`seconds_to_clear` tells how long so many images take."""
+        self._max_images, self._max_bytes = max_images, max_bytes
+        self._seconds_to_clear = seconds_to_clear
+        self._images: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    @property
+    def images(self) -> int:
+        """How many are under way."""
+        return self._images.total()
+
+    @contextmanager
+    def admit(self, model: str, images: int, size: int) -> Iterator[None]:
+        """Count a call of so many images and bytes as long as it lasts.
+
+        Raises `BackbonedError` `RESOURCE_EXHAUSTED`, with the delay after which to try again, where there is no room. A
+        call that is alone is let in whatever its size: it could never be otherwise.
+        """
+        held, held_bytes = self._images.total(), self._bytes.total()
+        fits = self._images[model] + images <= self._max_images - held and (
+            self._bytes[model] + size <= self._max_bytes - held_bytes
+        )
+        if held and not fits:
+            delay = min(max(self._seconds_to_clear(held) / 2, 0.05), 10.0)
+            raise BackbonedError(
+                ErrorKind.RESOURCE_EXHAUSTED,
+                f"the queue is full ({held} images, {held_bytes} bytes wait, {self._images[model]} images of them for "
+                f"{model}); try again in {delay:.2f} s",
+                retry_delay_seconds=delay,
+            )
+        self._images[model] += images
+        self._bytes[model] += size
+        try:
+            yield
+        finally:
+            for counter, count in ((self._images, images), (self._bytes, size)):
+                counter[model] -= count
+                if not counter[model]:
+                    del counter[model]

@@ -1,0 +1,54 @@
+"""What answers mean in a model's own classes."""
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from backboned.registry.errors import invalid, not_found
+from backboned.registry.manifest import Manifest
+from backboned.registry.task import Task
+from backboned.server.serving.calls import Prediction
+from backboned.server.serving.tree import Answer
+
+
+def rank(manifest: Manifest, answers: Sequence[Answer], top_k: int) -> tuple[Prediction, ...]:
+    """A prediction for each answer: the `top_k` likeliest classes (0: all), best first."""
+    probabilities = manifest.task.probabilities(torch.stack([answer.logits for answer in answers]))
+    values, indices = probabilities.topk(top_k or len(manifest.classes))
+    return tuple(
+        Prediction(
+            secrets.token_hex(12),
+            tuple((manifest.classes[i], p) for i, p in zip(places, likely, strict=True)),
+            () if answer.embedding is None else tuple(answer.embedding.tolist()),
+        )
+        for answer, places, likely in zip(answers, indices.tolist(), values.tolist(), strict=True)
+    )
+
+
+def truths(manifest: Manifest, labels: Sequence[str]) -> list[Tensor]:
+    """Each label as the task's loss takes it. Raises `BackbonedError` for one that is no class of the model."""
+    return [_truth(manifest.task, manifest.classes, label, index) for index, label in enumerate(labels)]
+
+
+def correct(task: Task, logits: Tensor, truth: Tensor) -> bool:
+    """Whether `logits` `[outputs]` say what is true."""
+    (probabilities,) = task.probabilities(logits[None])
+    if task is Task.MULTI_LABEL:
+        return bool(((probabilities > 0.5) == truth.bool()).all())
+    return int(probabilities.argmax()) == int(truth)
+
+
+def _truth(task: Task, classes: Sequence[str], label: str, index: int) -> Tensor:
+    names = [n for n in label.split("|") if n] if task is Task.MULTI_LABEL else [label]
+    for name in names:
+        if name not in classes:
+            error = not_found("label", name, classes)
+            raise invalid(f"labels[{index}]: {error.message}", field=f"labels[{index}]")
+    indices = [classes.index(n) for n in names]
+    if task is not Task.MULTI_LABEL:
+        return torch.tensor(indices[0])
+    truth = torch.zeros(len(classes))
+    truth[indices] = 1.0
+    return truth

@@ -59,6 +59,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, squares: Path, digits_weig
         f"--data-root={squares}",
         f"--weights=digits={digits_weights}",
         "--device=cpu",
+        "--precision=fp32",
+        "--compile=off",
         "--grpc-port=0",
         "--http-port=0",
     ]

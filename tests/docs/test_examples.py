@@ -40,10 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def daemon(folder: Path) -> Iterator[LocalDaemon]:
     """As `backboned serve` in that folder, on free ports."""
     flags = ["--weights=resnet18=resnet18.pth", "--weights=digits=digits.pth", "--data-root=photos"]
-    with (
-        chdir(folder),
-        LocalDaemon.start([*flags, "--device=cpu", "--grpc-port=0", "--http-port=0"], folder) as started,
-    ):
+    here = ["--device=cpu", "--precision=fp32", "--compile=off", "--grpc-port=0", "--http-port=0"]
+    with chdir(folder), LocalDaemon.start([*flags, *here], folder) as started:
         yield started
 
 

@@ -56,6 +56,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, P
         f"--state-dir={folder / 'state'}",
         f"--weights=resnet18={weights}",
         "--device=cpu",
+        "--precision=fp32",
+        "--compile=off",
         "--grpc-port=0",
         "--http-port=0",
         "--settle-seconds=1.5",

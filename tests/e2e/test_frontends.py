@@ -51,6 +51,8 @@ def start(folder: Path, wait_for: WaitFor) -> Iterator[Callable[[], LocalDaemon]
                 f"--checkpoint-dir={folder / 'checkpoints'}",
                 f"--state-dir={folder / 'state'}",
                 "--device=cpu",
+                "--precision=fp32",
+                "--compile=off",
                 "--grpc-port=0",
                 "--http-port=0",
                 f"--frontends={COUNT}",

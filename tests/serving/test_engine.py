@@ -1,7 +1,9 @@
 """The engine answers everything that is queued, in as few batches as it can, and each image for itself."""
 
 import asyncio
+import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -319,6 +321,58 @@ async def test_two_lanes_run_at_once_and_share_what_waits(
     gate.opened.set()
     assert all(isinstance(answer, Answer) for answer in await outcome(futures))
     assert sum(telemetry.batches) == 6 and max(telemetry.batches) <= 3
+
+
+async def test_while_one_lane_is_held_the_other_goes_on(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone
+) -> None:
+    network = make_network(head=1)
+    gate, model = Gate(load(make_network())), load(network)
+    engine = make_engine(threads=2)
+    engine.start()
+    held = submit(engine, gate.model, *images(1))
+    await gate.wait()
+    pictures = images(20)
+    answers = await outcome(submit(engine, model, *pictures))
+    assert not held[0].done() and engine.depth() == 0
+    for picture, answer in zip(pictures, answers, strict=True):
+        assert isinstance(answer, Answer)
+        torch.testing.assert_close(answer.logits, expected(network, picture, digits.preprocessing))
+    gate.opened.set()
+    assert isinstance((await outcome(held))[0], Answer)
+
+
+async def test_several_lanes_answer_what_one_would(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone
+) -> None:
+    networks = [make_network(head=head, body=body) for body in range(2) for head in range(4)]
+    models, pictures = [load(network, model=f"m{i}") for i, network in enumerate(networks)], images(7)
+    engine = make_engine(threads=4, max_batch_size=3)
+    engine.start()
+    asked = [(model, picture) for model in range(8) for picture in range(7)] * 3
+    futures = [f for model, picture in asked for f in submit(engine, models[model], pictures[picture])]
+    for (model, picture), answer in zip(asked, await outcome(futures), strict=True):
+        assert isinstance(answer, Answer)
+        torch.testing.assert_close(
+            answer.logits, expected(networks[model], pictures[picture], digits.preprocessing), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.xfail(reason="DEFECT: a lane that waits still holds its last batch, and so its models")
+@pytest.mark.parametrize("readable", [True, False])
+async def test_an_engine_that_waits_holds_no_model(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, stage_store: StageStore, readable: bool
+) -> None:
+    engine = make_engine()
+    engine.start()
+    model = load(make_network())
+    await outcome(engine.submit([model], [pixels(images(1)[0]) if readable else b"no image"]))
+    del model
+    deadline = time.monotonic() + 3
+    while stage_store.loaded() != (0, 0):
+        assert time.monotonic() < deadline, stage_store.loaded()
+        await asyncio.sleep(0.01)
+        gc.collect()
 
 
 async def test_a_flood_of_one_model_does_not_hold_up_another(

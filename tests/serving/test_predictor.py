@@ -1,6 +1,7 @@
 """From a call to an answer: the version that was asked for, the network's own probabilities, or what to do."""
 
 import asyncio
+import gc
 import math
 import shutil
 import time
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from backboned.registry import Backbone, BackbonedError, Catalogue, ErrorKind
+from backboned.registry import Backbone, BackbonedError, Catalogue, ErrorKind, Head, Preprocessing, Stage
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.device import Device
@@ -36,6 +37,15 @@ from backboned.server.serving.snapshot import State
 
 TIMEOUT_SECONDS = 30.0
 CLASSES = ("ant", "bee", "wasp")
+LEAVES = Backbone(
+    "leaves",
+    lambda: nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3), nn.Linear(6, 9)),
+    (Stage.of("first", "0", "1"), Stage.of("layer1", "2"), Stage.of("pool", lambda x: x.mean((2, 3)))),
+    Head.at("3"),
+    6,
+    Preprocessing(20, 18, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+)
+"""Another backbone than `digits`, which sees images otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,11 @@ def world(
         ("flowers", 2): make_network(head=2),
         ("binary", 1): make_network(1, head=3),
         ("labels", 1): make_network(head=4),
+        ("leaves", 1): leaves_network(),
     }
     catalogue = Catalogue()
     catalogue.add(digits, "tests")
+    catalogue.add(LEAVES, "tests")
     directory = CheckpointDirectory(root / "checkpoints")
     with ExitStack() as stack:
         database = open_database(root / "state.sqlite")
@@ -91,6 +103,16 @@ def world(
         _wait(loader, lambda: 3 in loader.snapshot.models["flowers"].versions)
         _wait(loader, lambda: all(f.state is State.QUARANTINED for f in loader.snapshot.refused))
         yield World(loader, aliases, networks)
+
+
+def leaves_network() -> nn.Module:
+    """Random weights, large enough that images get clearly different answers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        network = LEAVES.module(3).eval()
+        for parameter in network.get_submodule("3").parameters():
+            nn.init.normal_(parameter)
+    return network
 
 
 class _Silent:
@@ -175,16 +197,22 @@ def png(seed: int) -> bytes:
 
 def logits(network: nn.Module, image: Image.Image) -> Tensor:
     """What the script that trained it would get: torchvision's own transforms, and the network."""
-    view = transforms.Compose(
+    with torch.inference_mode():
+        return torch.as_tensor(network(view(image)))[0]
+
+
+def view(image: Image.Image, preprocessing: Preprocessing | None = None) -> Tensor:
+    """`[1, 3, crop, crop]`, as torchvision makes it; as `digits` sees it unless told otherwise."""
+    seen = preprocessing or Preprocessing(16, 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    steps = transforms.Compose(
         [
-            transforms.Resize(16),
-            transforms.CenterCrop(16),
+            transforms.Resize(seen.resize_size),
+            transforms.CenterCrop(seen.crop_size),
             transforms.ToTensor(),
-            transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            transforms.Normalize(seen.mean, seen.std),
         ]
     )
-    with torch.inference_mode():
-        return torch.as_tensor(network(view(image)[None]))[0]
+    return torch.as_tensor(steps(image))[None]
 
 
 async def test_answers_are_the_networks_own(desk: Desk, world: World) -> None:
@@ -336,6 +364,64 @@ async def test_several_models_and_versions_answer_one_call(desk: Desk, world: Wo
             assert dict(prediction.classes)[name] == pytest.approx(first.item(), abs=1e-5)
     assert len({p.id for r in results for p in r.predictions}) == 10
     assert sum(desk.telemetry.batches) == 2 and len(desk.telemetry.done) == 5
+
+
+async def test_models_of_other_backbones_and_preprocessing_answer_the_same_call(desk: Desk, world: World) -> None:
+    asked = [Target("leaves"), Target("flowers", 1), Target("leaves"), Target("flowers", 2)]
+    results = await desk.ask_several(asked, png(0), png(1), png(2), embedding_stage="layer1")
+    assert [(r.model, r.version) for r in results] == [("leaves", 1), ("flowers", 1), ("leaves", 1), ("flowers", 2)]
+    for result in results:
+        network = world.networks[result.model, result.version]
+        for seed, prediction in enumerate(result.predictions):
+            leaves = result.model == "leaves"
+            x = view(picture(seed), LEAVES.preprocessing if leaves else None)
+            below = ("0", "1", "2") if leaves else ("stem", "layer1")
+            with torch.inference_mode():
+                for name in below:
+                    x = network.get_submodule(name)(x)
+                row = network.get_submodule("3")(x.mean((2, 3)))[0] if leaves else logits(network, picture(seed))
+            assert prediction.embedding == pytest.approx(x[0].mean((1, 2)).tolist(), abs=1e-5)
+            assert sorted(p for _, p in prediction.classes) == pytest.approx(sorted(row.softmax(0).tolist()), abs=1e-5)
+    assert sum(desk.telemetry.batches) == 6  # an image goes through each backbone once
+    assert desk.telemetry.done == [(name, "OK") for name in ("leaves", "flowers", "leaves", "flowers")]
+
+
+async def test_a_stage_that_one_of_several_backbones_lacks_is_told_by_name(desk: Desk) -> None:
+    with pytest.raises(BackbonedError) as caught:
+        await desk.ask_several([Target("leaves"), Target("flowers")], png(0), embedding_stage="first")
+    assert caught.value.field == "embedding_stage"
+    assert caught.value.message == (
+        "flowers has no stage 'first' to embed: it stands on digits, which has stem, layer1, layer2, layer3, pool"
+    )
+    assert desk.telemetry.done == [("leaves", "INVALID_ARGUMENT"), ("flowers", "INVALID_ARGUMENT")]
+
+
+async def test_of_errors_in_several_groups_one_is_told_and_none_is_left_unseen(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(BackbonedError, match="image 1: "):
+        await desk.ask_several([Target("leaves"), Target("flowers")], png(0), b"bad", png(1), b"worse", b"worst")
+    assert len((await desk.ask("leaves", png(0))).predictions) == 1
+    gc.collect()
+    await asyncio.sleep(0)
+    assert "never retrieved" not in caplog.text and caplog.text == ""
+
+
+async def test_a_call_that_is_cancelled_while_it_is_computed_leaves_no_word(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    targets = [Target("leaves"), Target("flowers")]
+    for yields in range(12):
+        asked = asyncio.create_task(desk.ask_several(targets, png(0), b"bad", *[png(1)] * 6))
+        for _ in range(yields):
+            await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises((asyncio.CancelledError, BackbonedError)):
+            await asked
+    assert len((await desk.ask("leaves", png(0))).predictions) == 1
+    assert desk.engine.depth() == 0
+    gc.collect()
+    assert caplog.text == ""
 
 
 async def test_a_label_counts_for_every_model_that_answers(desk: Desk) -> None:

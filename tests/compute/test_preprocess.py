@@ -13,8 +13,9 @@ from torch import Tensor
 from torchvision import transforms
 
 from backboned.registry.backbone import Interpolation, Preprocessing
-from backboned.server.compute.decode import decode
-from backboned.server.compute.preprocess import augment, normalise, prepare
+from backboned.registry.errors import BackbonedError
+from backboned.server.compute.decode import decode, decode_picture
+from backboned.server.compute.preprocess import augment, normalise, prepare, read, read_pixels, stack
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data"
 SETTINGS = Preprocessing(resize_size=64, crop_size=56)
@@ -151,3 +152,62 @@ def test_real_photos_reach_the_model_as_in_the_tutorial_bit_for_bit(settings: Pr
         data = photo.read_bytes()
         ours = normalise(prepare(decode(data, max_pixels=100_000_000), settings)[None], settings)[0]
         assert torch.equal(ours, tutorial(settings)(Image.open(io.BytesIO(data)).convert("RGB"))), photo.name
+
+
+def jpeg(picture: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def large_picture(width: int, height: int) -> Image.Image:
+    """Smooth colours with grain, as of a photo."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray(np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (1000, 1200), (224, 224), (100, 90)])
+def test_reading_is_decoding_and_preparing(size: tuple[int, int]) -> None:
+    data, settings = jpeg(large_picture(*size)), Preprocessing()
+    found = read(data, settings, max_pixels=10**7)
+    assert found.equal(prepare(decode(data, max_pixels=10**7), settings))
+    assert found.permute(1, 2, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_large_jpeg_is_read_at_reduced_scale_within_the_tolerance(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, settings = jpeg(large_picture(2003, 1501), exif=exif), Preprocessing()
+    assert decode_picture(data, max_pixels=10**7, short_side=settings.resize_size).reduced == 2
+    found = read(data, settings, max_pixels=10**7).int()
+    difference = (found - prepare(decode(data, max_pixels=10**7), settings).int()).abs().flatten()
+    assert difference.float().mean() < 1
+    assert difference.kthvalue(int(0.999 * len(difference))).values <= 6
+
+
+def test_a_large_jpeg_that_is_cut_short_is_refused_at_reduced_scale_too() -> None:
+    data = jpeg(large_picture(2000, 1500))
+    with pytest.raises(BackbonedError, match="truncated"):
+        read(data[: len(data) // 2], Preprocessing(), max_pixels=10**7)
+    with pytest.raises(BackbonedError, match="too large"):
+        read(data, Preprocessing(), max_pixels=10**6)
+
+
+def test_raw_pixels_are_read_like_a_picture() -> None:
+    picture = large_picture(300, 260)
+    found = read_pixels(picture.tobytes(), (260, 300, 3), SETTINGS, max_pixels=10**6)
+    assert found.equal(prepare(torch.from_numpy(np.array(picture)).permute(2, 0, 1), SETTINGS))
+
+
+def test_a_stack_has_its_channels_last_and_is_normalised_alike() -> None:
+    images = [read(jpeg(large_picture(90 + i, 80)), SETTINGS, max_pixels=10**6) for i in range(3)]
+    batch = stack(images)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert all(a.equal(b) for a, b in zip(batch, images, strict=True))
+    found = normalise(batch, SETTINGS)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert found.equal(normalise(batch.contiguous(), SETTINGS))
+    assert normalise(batch, SETTINGS, torch.bfloat16).equal(found.bfloat16())

@@ -72,7 +72,7 @@ class Config(BaseSettings):
         default=ByteSize(64 * 2**20), ge=2**16, le=2**31 - 1, description="Largest gRPC message, as in 64MiB."
     )
     max_image_pixels: int = Field(default=100_000_000, ge=1, description="Largest image, in pixels.")
-    max_queued_images: int = Field(default=1024, ge=1, description="Images that may wait for the device.")
+    max_queued_images: int = Field(default=4096, ge=1, description="Images that may wait for the device.")
     max_queued_bytes: ByteSize = Field(default=ByteSize(2**30), ge=1, description="Bytes of images that may wait.")
     engine_threads: int = Field(
         default=0, ge=0, le=256, description="Batches that run at once; 0 chooses: one a core, or two on CUDA."

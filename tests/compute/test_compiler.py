@@ -331,7 +331,6 @@ def test_a_stop_ends_it_at_once_and_leaves_nothing(tiny: Tiny, tmp_path: Path) -
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.xfail(reason="DEFECT: at a stop a warning says that the stage runs uncompiled, since the process ended")
 def test_a_stop_is_no_warning(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tiny.load("two")
     with running(tiny.compiler(tmp_path)) as compiler:
@@ -342,7 +341,6 @@ def test_a_stop_is_no_warning(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCapt
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.xfail(reason="DEFECT: once the process is killed, as the kernel does, no stage is ever compiled again")
 def test_a_process_that_is_killed_costs_one_stage_alone(tiny: Tiny, tmp_path: Path) -> None:
     path = tiny.load("two")
     with running(tiny.compiler(tmp_path)) as compiler:

@@ -358,7 +358,6 @@ async def test_several_lanes_answer_what_one_would(
         )
 
 
-@pytest.mark.xfail(reason="DEFECT: a lane that waits still holds its last batch, and so its models")
 @pytest.mark.parametrize("readable", [True, False])
 async def test_an_engine_that_waits_holds_no_model(
     make_engine: MakeEngine, load: Load, make_network: MakeNetwork, stage_store: StageStore, readable: bool

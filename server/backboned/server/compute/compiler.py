@@ -192,7 +192,7 @@ class StageCompiler:
             try:
                 with self._artefacts.work_folder() as folder, _Worker(folder) as worker:
                     self._process = worker.process
-                    while stage is not None and not self._stopping:
+                    while stage is not None and not self._stopping and worker.alive():
                         self._compile(stage, folder, worker)
                         del stage
                         stage = self._next(wait=False)
@@ -208,9 +208,11 @@ class StageCompiler:
         with self._changed:
             while not self._stopping:
                 rest = self._settled_at - time.monotonic()
-                self._queue = [r for r in self._queue if (s := r()) is not None and not self._progress[s].done]
-                if self._queue and rest <= 0:
-                    return self._queue[0]()
+                left = [s for r in self._queue if (s := r()) is not None and not self._progress[s].done]
+                self._queue = [weakref.ref(stage) for stage in left]
+                if left and rest <= 0:
+                    return left[0]
+                left.clear()
                 if not wait and not self._queue:
                     return None
                 self._changed.wait(rest if self._queue else None)
@@ -238,6 +240,8 @@ class StageCompiler:
                 raise ValueError(report.error)
             artefact = self._artefacts.add(self._key(stage, size), Artefact(library, report.seconds))
         except (OSError, ValueError, RuntimeError) as error:  # a full disk; what torch says of one
+            if self._stopping:
+                return
             log.warning("%s of %s runs uncompiled: %s", stage.key.stage, stage.key.backbone, error)
             progress.done = True
             return
@@ -289,6 +293,10 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         self._log.close()
+
+    def alive(self) -> bool:
+        """Whether the process can take another order."""
+        return self.process.poll() is None
 
     def compile(self, order: Order) -> Report:
         """Wait for what becomes of an order. Raises `OSError` if the process has ended."""

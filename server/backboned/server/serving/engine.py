@@ -123,21 +123,29 @@ class Engine:
         if self._on_cpu:
             torch.set_num_threads(1)
         lane = Lane(self._device, self._max_batch_size)
-        while (batch := self._gather()) is not None:
-            started = time.monotonic()
-            live = [item for item in batch if not item.future.done()]
-            if live:
-                if self._on_cpu:
-                    torch.set_num_threads(self._threads_for(len(batch)))
-                try:
-                    outcomes: _Outcomes = lane.run(live)
-                except Exception as error:  # nothing that a batch does may end a lane
-                    log.exception("a batch of %d images failed", len(live))
-                    outcomes = [as_told(error)] * len(live)
-                self._tell(live, started)
-                deliver(live, outcomes)
-            with self._changed:
-                self._taken -= len(batch)
+        while self._step(lane):
+            pass
+
+    def _step(self, lane: Lane) -> bool:
+        """Wait for a batch and run it; whoever waits here holds no model. False when it is time to stop."""
+        batch = self._gather()
+        if batch is None:
+            return False
+        started = time.monotonic()
+        live = [item for item in batch if not item.future.done()]
+        if live:
+            if self._on_cpu:
+                torch.set_num_threads(self._threads_for(len(batch)))
+            try:
+                outcomes: _Outcomes = lane.run(live)
+            except Exception as error:  # nothing that a batch does may end a lane
+                log.exception("a batch of %d images failed", len(live))
+                outcomes = [as_told(error)] * len(live)
+            self._tell(live, started)
+            deliver(live, outcomes)
+        with self._changed:
+            self._taken -= len(batch)
+        return True
 
     def _gather(self) -> list[Item] | None:
         """The next batch, prepared. None when it is time to stop."""
@@ -157,6 +165,7 @@ class Engine:
                 batch.append(item)
                 group = group or Group.of(item.models[0])
             else:
+                del item
                 with self._changed:
                     self._taken -= 1
 

@@ -57,7 +57,8 @@ class Engine:
         self._lanes = threads or (self._cores if self._on_cpu else _CUDA_LANES)
         self._decoders = None if self._on_cpu else ThreadPoolExecutor(self._cores, thread_name_prefix="decode")
         self._queue = FairQueue()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._idle: list[threading.Condition] = []
         self._preparing = 0
         self._taken = 0
         self._stopping = False
@@ -80,9 +81,9 @@ class Engine:
         """Compute what is queued, then stop."""
         if self._decoders is not None:
             self._decoders.shutdown(wait=True)
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            self._changed.notify_all()
+            self._wake(len(self._idle))
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=60)
@@ -100,7 +101,7 @@ class Engine:
         if self._decoders is None:
             self._add(items)
         else:
-            with self._changed:
+            with self._lock:
                 self._preparing += len(items)
             for item in items:
                 self._decoders.submit(self._prepare_ahead, item)
@@ -115,9 +116,14 @@ class Engine:
         return images / (self._images_per_second * self._lanes) if self._images_per_second else 1.0
 
     def _add(self, items: Sequence[Item]) -> None:
-        with self._changed:
+        with self._lock:
             self._queue.add(items)
-            self._changed.notify(len(items))
+            self._wake(len(items))
+
+    def _wake(self, lanes: int) -> None:
+        """The lanes that have waited least: their threads and caches are still warm."""
+        for _ in range(min(lanes, len(self._idle))):
+            self._idle.pop().notify()
 
     def _run(self) -> None:
         if self._on_cpu:
@@ -143,7 +149,7 @@ class Engine:
                 outcomes = [as_told(error)] * len(live)
             self._tell(live, started)
             deliver(live, outcomes)
-        with self._changed:
+        with self._lock:
             self._taken -= len(batch)
         return True
 
@@ -152,9 +158,10 @@ class Engine:
         batch: list[Item] = []
         group = None
         while True:
-            with self._changed:
+            with self._lock:
                 while not batch and not len(self._queue) and not self._stopping:
-                    self._changed.wait()
+                    self._idle.append(threading.Condition(self._lock))
+                    self._idle[-1].wait()
                 item = self._queue.take(group) if len(batch) < self._share(batch) else None
                 if item is None:
                     if batch or self._stopping:
@@ -166,7 +173,7 @@ class Engine:
                 group = group or Group.of(item.models[0])
             else:
                 del item
-                with self._changed:
+                with self._lock:
                     self._taken -= 1
 
     def _share(self, batch: Sequence[Item]) -> int:
@@ -183,7 +190,7 @@ class Engine:
 
     def _prepare_ahead(self, item: Item) -> None:
         ready = not item.future.done() and self._prepare_now(item)
-        with self._changed:
+        with self._lock:
             self._preparing -= 1
         if ready:
             self._add([item])

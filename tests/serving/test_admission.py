@@ -133,3 +133,19 @@ def test_the_bounds_hold_unless_a_call_is_alone(
     for *_, stack in held:
         stack.close()
     assert admission.images == 0
+
+
+def test_a_call_that_would_be_answered_too_late_is_refused_at_once() -> None:
+    admission = Admission(1000, 10**6, lambda images: images / 10)
+    with admission.admit("flowers", 50, 1000):
+        with admission.admit("flowers", 1, 10, patience_seconds=6.0), admission.admit("flowers", 1, 10):
+            pass
+        with (
+            pytest.raises(BackbonedError, match="too long for the deadline") as caught,
+            admission.admit("flowers", 1, 10, patience_seconds=4.0),
+        ):
+            pass
+        assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED
+        assert caught.value.retry_delay_seconds == pytest.approx(2.5)
+    with admission.admit("flowers", 1, 10, patience_seconds=0.01):  # nothing is before it
+        pass

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 DATABASE_NAME = "backboned.sqlite"
 LOCK_NAME = "lock"
 COMPILED_NAME = "compiled"
+SWITCH_SECONDS = 0.0002
 COMPILED_BYTES = 8 * 2**30
 
 
@@ -62,6 +63,8 @@ def run(config: Config) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # watchdog sees a folder twice that is made while it adds the one above, and says so at length.
     warnings.filterwarnings("ignore", "Callback with id .* already exists", RuntimeWarning)
+    # A lane asks for the interpreter some ten times an image, and would wait this long each time that calls pour in.
+    sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(_serve(config))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -119,13 +119,13 @@ class ModelService(NotYet):
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""
-        return to_response(request, await self._rooms.predictor.predict(to_call(request)))
+        return await self._predict(request, context.time_remaining())
 
     def PredictStream(
         self, requests: AsyncIterator[pb.PredictRequest], context: Context
     ) -> AsyncIterator[pb.PredictResponse]:
         """Classify images, request after request."""
-        return in_order(requests, lambda request: self.Predict(request, context), window=_STREAM_WINDOW)
+        return in_order(requests, self._predict, window=_STREAM_WINDOW)
 
     async def ListBackbones(self, request: pb.ListBackbonesRequest, context: Context) -> pb.ListBackbonesResponse:
         """The backbones, and the broken plugins."""
@@ -199,6 +199,10 @@ class ModelService(NotYet):
 
     def _message(self, model: KnownModel) -> pb.Model:
         return model_message(model, self._rooms.directory, self._rooms.aliases.of(model.name))
+
+    async def _predict(self, request: pb.PredictRequest, patience_seconds: float | None = None) -> pb.PredictResponse:
+        call = replace(to_call(request), patience_seconds=patience_seconds)
+        return to_response(request, await self._rooms.predictor.predict(call))
 
     def _backbone(self, backbone: Backbone) -> pb.Backbone:
         return pb.Backbone(

@@ -27,24 +27,15 @@ class Admission:
         return self._images.total()
 
     @contextmanager
-    def admit(self, model: str, images: int, size: int) -> Iterator[None]:
+    def admit(self, model: str, images: int, size: int, patience_seconds: float | None = None) -> Iterator[None]:
         """Count a call of so many images and bytes as long as it lasts.
 
-        Raises `BackbonedError` `RESOURCE_EXHAUSTED`, with the delay after which to try again, where there is no room. A
-        call that is alone is let in whatever its size: it could never be otherwise.
+        Raises `BackbonedError` `RESOURCE_EXHAUSTED`, with the delay after which to try again, where there is no room,
+        and where what is before it takes longer than its caller waits. A call that is alone is let in whatever its
+        size: it could never be otherwise.
         """
-        held, held_bytes = self._images.total(), self._bytes.total()
-        fits = self._images[model] + images <= self._max_images - held and (
-            self._bytes[model] + size <= self._max_bytes - held_bytes
-        )
-        if held and not fits:
-            delay = min(max(self._seconds_to_clear(held) / 2, 0.05), 10.0)
-            raise BackbonedError(
-                ErrorKind.RESOURCE_EXHAUSTED,
-                f"the queue is full ({held} images, {held_bytes} bytes wait, {self._images[model]} images of them for "
-                f"{model}); try again in {delay:.2f} s",
-                retry_delay_seconds=delay,
-            )
+        if self._images:
+            self._check(model, images, size, patience_seconds)
         self._images[model] += images
         self._bytes[model] += size
         try:
@@ -54,3 +45,21 @@ class Admission:
                 counter[model] -= count
                 if not counter[model]:
                     del counter[model]
+
+    def _check(self, model: str, images: int, size: int, patience_seconds: float | None) -> None:
+        held, held_bytes = self._images.total(), self._bytes.total()
+        fits = self._images[model] + images <= self._max_images - held and (
+            self._bytes[model] + size <= self._max_bytes - held_bytes
+        )
+        if fits and patience_seconds is None:
+            return
+        wait = self._seconds_to_clear(held)
+        if fits and patience_seconds is not None and wait < patience_seconds:
+            return
+        delay = min(max(wait / 2, 0.05), 10.0)
+        raise BackbonedError(
+            ErrorKind.RESOURCE_EXHAUSTED,
+            f"the queue is {'too long for the deadline' if fits else 'full'} ({held} images, {held_bytes} bytes wait, "
+            f"{self._images[model]} images of them for {model}); try again in {delay:.2f} s",
+            retry_delay_seconds=delay,
+        )

@@ -45,6 +45,8 @@ class Call:
     embedding: bool = False
     embedding_stage: str = ""
     """The stage whose pooled output is the embedding; empty: the features that the head reads."""
+    patience_seconds: float | None = None
+    """How long the caller waits for the answer, if that is known."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Predictor:
         _check(call, models)
         labels = [truths(model.manifest, call.labels) for model in models]
         size = sum(map(_size, call.images))
-        with self._admission.admit(call.targets[0].model, len(call.images), size):
+        with self._admission.admit(call.targets[0].model, len(call.images), size, call.patience_seconds):
             answers = await self._compute(models, call)
         results = []
         for model, given, truth in zip(models, answers, labels, strict=True):

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from backboned.server.compute.device import Device, cpu_features
 log = logging.getLogger(__name__)
 
 _WORK_PREFIX = "work-"
+_RECIPE = 2
+"""Of `compile_process.compile_stage`: another number when it makes other code of the same stage."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class ArtefactKey:
     @property
     def name(self) -> str:
         """A digest of it all."""
-        return _digest(json.dumps([*asdict(self).values(), torch.__version__]))[:32]
+        return _digest(json.dumps([*asdict(self).values(), torch.__version__, _RECIPE]))[:32]
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A compiled stage on disk: its library, and the `seconds` that one batch took on one thread when it was made."""
+    """A compiled stage on disk: its library, and the `seconds` that one batch takes on one thread."""
 
     library: Path
     seconds: float
@@ -103,9 +105,14 @@ class ArtefactStore:
             "sha256": file_digest(made.library),
         }
         made.library.replace(target)
-        write_atomically(description, lambda file: file.write(json.dumps(told, indent=1).encode()))
+        _write(description, told)
         self._make_room(target)
         return replace(made, library=target)
+
+    def retime(self, key: ArtefactKey, seconds: float) -> None:
+        """Note what a batch of an earlier artefact takes by the latest measurement. Raises `OSError`."""
+        _, description = self._paths(key)
+        _write(description, {**json.loads(description.read_bytes()), "seconds": seconds})
 
     def _paths(self, key: ArtefactKey) -> tuple[Path, Path]:
         return self._folder / f"{key.name}.so", self._folder / f"{key.name}.json"
@@ -127,6 +134,10 @@ def platform_of(device: Device) -> str:
         return f"cuda {properties.name} {properties.major}.{properties.minor} {torch.version.cuda}"
     features = sorted(f for f in cpu_features() if f.startswith(("avx", "amx", "fma", "asimd", "sve", "bf16")))
     return f"cpu {torch.backends.cpu.get_cpu_capability()} {_digest(' '.join(features))[:16]}"
+
+
+def _write(description: Path, told: Mapping[str, object]) -> None:
+    write_atomically(description, lambda file: file.write(json.dumps(told, indent=1).encode()))
 
 
 def _digest(text: str) -> str:

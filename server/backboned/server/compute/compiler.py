@@ -5,7 +5,6 @@ Which stages are compiled, and for which sizes of batch, is told by two pure fun
 gain of a third (ResNet-50's stages, 2 cores of an AMD EPYC with AVX512-BF16).
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -133,7 +132,7 @@ class StageCompiler:
         missing = []
         for stage in worth_compiling(paths):
             if stage not in self._progress:
-                self._progress[stage] = _Progress({}, {})
+                self._progress[stage] = _Progress({}, {}, {})
                 self._use_known(stage)
             if not self._progress[stage].done:
                 missing.append(weakref.ref(stage))
@@ -169,6 +168,7 @@ class StageCompiler:
             progress.done = True
             return False
         progress.batches[size], progress.seconds[size] = batch, artefact.seconds
+        progress.libraries[size] = artefact.library
         return True
 
     def _next_size(self, stage: LoadedStage) -> int | None:
@@ -225,20 +225,24 @@ class StageCompiler:
         assert size is not None and stage.layout is not None
         # A library that has been loaded may stay, and its name with it: no two have one.
         weights, library = folder / "weights.pt", folder / f"{uuid4().hex}.so"
+        others = {other: path for other, path in progress.libraries.items() if path.exists()}
         started = time.monotonic()
         try:
             torch.save({name: tensor.cpu() for name, tensor in stage.tensors().items()}, weights)
             report = worker.compile(
                 Order(
                     stage.key.backbone, stage.key.stage, self._plugins, weights, stage.layout, size,
-                    str(self._device), library,
+                    str(self._device), library, others,
                 )
             )  # fmt: skip
             if self._stopping:
                 return
             if report.error:
                 raise ValueError(report.error)
-            artefact = self._artefacts.add(self._key(stage, size), Artefact(library, report.seconds))
+            artefact = self._artefacts.add(self._key(stage, size), Artefact(library, report.seconds[size]))
+            for other in others:
+                self._artefacts.retime(self._key(stage, other), report.seconds[other])
+                progress.seconds[other] = report.seconds[other]
         except (OSError, ValueError, RuntimeError) as error:  # a full disk; what torch says of one
             if self._stopping:
                 return
@@ -250,7 +254,7 @@ class StageCompiler:
             progress.done = self._next_size(stage) is None
         log.info(
             "%s of %s is compiled for batches of %d, in %.0f s: %.1f ms an image",
-            stage.key.stage, stage.key.backbone, size, time.monotonic() - started, report.seconds / size * 1e3,
+            stage.key.stage, stage.key.backbone, size, time.monotonic() - started, report.seconds[size] / size * 1e3,
         )  # fmt: skip
 
 
@@ -260,6 +264,7 @@ class _Progress:
 
     batches: dict[int, CompiledBatch]
     seconds: dict[int, float]
+    libraries: dict[int, Path]
     done: bool = False
 
 
@@ -307,7 +312,7 @@ class _Worker:
         if not line:
             self.process.wait()
             raise OSError(f"the process that compiles ended, with {self.process.returncode}")
-        return Report(**json.loads(line))
+        return Report.from_json(line)
 
 
 def _streams(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:

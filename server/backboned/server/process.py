@@ -14,8 +14,9 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 def tune_process() -> None:
     """Apply what isn't set by the environment already. Does nothing where the C library isn't glibc."""
-    # Threads of OpenMP that wait for the next parallel region spin for about 50 µs, and then leave the core to others.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Threads of OpenMP that wait for the next parallel region spin for some milliseconds, and then leave the core to
+    # others: who asks for one image after another finds them awake. A lane beside another has no such threads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "200000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return

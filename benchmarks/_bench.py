@@ -107,9 +107,7 @@ class Bench:
 
     def load(self, daemon: Daemon, backbone: str, models: Models, **question: Any) -> dict[str, Any]:
         """Let the callers load a daemon, and check a sample of its answers. Raises `SystemExit` if one is wrong."""
-        seconds = self.settings.seconds
-        told = {"seconds": seconds, "warm_up": min(1.5, seconds), "callers": 1, "pause": 0, "rate": 0, "images": 1}
-        answer = self._callers.ask(address=daemon.grpc, pid=daemon.pid, models=sorted(models), **{**told, **question})
+        answer = self._ask(daemon.grpc, daemon.pid, sorted(models), question)
         daemon.check()
         samples = [(m, p, _probabilities(base64.b64decode(encoded))) for m, p, encoded in answer.pop("samples")]
         error = self.maker(backbone).truth.largest_error(models, samples)
@@ -118,6 +116,15 @@ class Bench:
         if not question.get("rate") and answer["codes"].keys() != {"OK"}:
             raise SystemExit(f"{backbone}: not every call was answered: {answer['codes']}")
         return {**answer, "checked_answers": len(samples), "largest_error": error}
+
+    def flood(self, address: str, pid: int, *, rate: float) -> dict[str, Any]:
+        """Let the callers send `rate` requests a second to any server."""
+        return self._ask(address, pid, ["any"], {"rate": rate})
+
+    def _ask(self, address: str, pid: int, models: Sequence[str], question: Mapping[str, Any]) -> dict[str, Any]:
+        seconds = self.settings.seconds
+        told = {"seconds": seconds, "warm_up": min(1.5, seconds), "callers": 1, "pause": 0, "rate": 0, "images": 1}
+        return self._callers.ask(address=address, pid=pid, models=models, **{**told, **question})
 
     def environment(self) -> dict[str, Any]:
         """What the figures depend on."""

@@ -10,7 +10,7 @@ from typing import Any
 from backboned.client import Client
 from benchmarks._bench import Bench, median
 from benchmarks._daemon import Daemon
-from benchmarks._processes import resident_bytes
+from benchmarks._processes import Worker, resident_bytes
 
 TIMES = 20
 _IMPORTS = "import backboned.server.commands, backboned.server.daemon"
@@ -49,12 +49,32 @@ def overload(bench: Bench, backbone: str) -> None:
         with _Peak(daemon) as peak:
             flooded = bench.load(daemon, backbone, models, rate=rate, seconds=seconds)
         after = bench.load(daemon, backbone, models, callers=32)
+    refusing = _refusing(bench, rate)
     memory = {"before": before, "peak": peak.bytes}
     bench.found.measurements[f"overload {backbone}"] = {
         "best": best, "flooded": flooded, "after": after, "rate": rate, "memory_bytes": memory,
+        "refusing": refusing,
     }  # fmt: skip
-    _tell_overload(bench, f"{backbone}, overload", median(best, "images_per_second"), flooded, memory)
+    cores = len(bench.cores)
+    possible = max(0.0, 1 - rate * (refusing["server_ms"] + refusing["callers_ms"]) / 1e3 / cores)
+    note = (
+        f"gRPC alone: a server that refuses all takes {refusing['server_ms']:.2f} ms of a core a call, "
+        f"its callers {refusing['callers_ms']:.2f} ms"
+    )
+    group = f"{backbone}, overload"
+    _tell_overload(bench, group, median(best, "images_per_second"), flooded, memory)
+    bench.found.add(group, "left by calls and refusals", 100 * possible, "%", note=note)
     bench.found.add(f"{backbone}, overload", "afterwards, 32 callers", after["images_per_second"], "images/s")
+
+
+def _refusing(bench: Bench, rate: float) -> dict[str, float]:
+    """What a call costs that is refused by nothing but gRPC, in milliseconds of a core: here, and at the callers."""
+    with Worker("benchmarks._refuse", log=bench.settings.out / "refuse.log") as server:
+        found = bench.flood(server.receive()["address"], server.pid, rate=rate)
+    calls = sum(found["codes"].values()) or 1
+    return {
+        f"{who}_ms": 1e3 * found[f"{of}_cpu_seconds"] / calls for who, of in (("server", "daemon"), ("callers",) * 2)
+    }
 
 
 def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any], memory: dict[str, int]) -> None:

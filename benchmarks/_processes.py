@@ -35,6 +35,11 @@ class Worker:
                 text=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
     def send(self, **question: Any) -> None:
         """Ask without waiting for the answer."""
         _stream(self._process.stdin).write(json.dumps(question) + "\n")

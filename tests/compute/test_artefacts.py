@@ -72,6 +72,14 @@ def test_what_is_made_again_takes_the_others_place(store: ArtefactStore) -> None
     assert found is not None and found.library.read_bytes() == b"new" and found.seconds == 2.0
 
 
+def test_a_later_measurement_replaces_the_seconds_alone(store: ArtefactStore) -> None:
+    added = add(store, KEY, seconds=1.0)
+    store.retime(KEY, 0.5)
+    assert store.find(KEY) == replace(added, seconds=0.5)
+    with pytest.raises(FileNotFoundError):
+        store.retime(replace(KEY, stage="other"), 0.5)
+
+
 def _cut(library: Path, description: Path) -> None:
     library.write_bytes(library.read_bytes()[:-1])
 

@@ -1,5 +1,6 @@
 """Stages are compiled aside, the ones that are worth it, and answer as before; without a compiler eager code serves."""
 
+import json
 import os
 import threading
 import time
@@ -257,6 +258,18 @@ def test_compiled_stages_answer_as_eager_ones_from_several_threads_at_once(tiny:
         torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
     for x, y in zip(expected[::-1] * 20, backwards, strict=True):
         torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
+
+
+@compiles
+@pytest.mark.slow
+def test_weights_lie_on_pages_of_their_own_and_all_sizes_are_timed(artefacts: Path) -> None:
+    libraries = sorted(artefacts.glob("*.so"))
+    assert len(libraries) == 2
+    for library in libraries:
+        imported = library.read_bytes()
+        assert b"\0valloc\0" in imported and b"\0malloc\0" not in imported
+        told = json.loads(library.with_suffix(".json").read_text())
+        assert 0 < told["seconds"] < 1
 
 
 @compiles

@@ -1,4 +1,4 @@
-"""Decoding and preparing one image, against the plain PIL pipeline of a tutorial: `python benchmarks/decode.py`.
+"""From a JPEG to a network's input, against the plain PIL pipeline of a tutorial: `python benchmarks/decode.py`.
 
 The pictures are made here, as like photos as smooth colours with grain can be. One thread; medians of wall-clock time.
 """
@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision import transforms
 
 from backboned.registry.backbone import Preprocessing
 from backboned.server.compute.decode import decode
-from backboned.server.compute.preprocess import prepare
+from backboned.server.compute.preprocess import normalise, read, stack
 
 SETTINGS = Preprocessing()
 TUTORIAL = transforms.Compose(
@@ -48,11 +49,11 @@ def median_milliseconds(work: Callable[[], object], seconds: float = 2.0) -> flo
 def row(width: int, height: int) -> str:
     """What one size of picture takes."""
     data = photo_like(width, height)
-    image = decode(data, max_pixels=width * height)
+    prepared = [read(data, SETTINGS, max_pixels=width * height)]
     columns = (
         median_milliseconds(lambda: decode(data, max_pixels=width * height)),
-        median_milliseconds(lambda: prepare(image, SETTINGS)),
-        median_milliseconds(lambda: prepare(decode(data, max_pixels=width * height), SETTINGS)),
+        median_milliseconds(lambda: read(data, SETTINGS, max_pixels=width * height)),
+        median_milliseconds(lambda: normalise(stack(prepared), SETTINGS, torch.bfloat16)),
         median_milliseconds(lambda: TUTORIAL(Image.open(io.BytesIO(data)).convert("RGB"))),
     )
     size = f"{width}x{height}"
@@ -60,8 +61,12 @@ def row(width: int, height: int) -> str:
 
 
 def main() -> None:
-    """Print a line for each size of picture."""
-    print(f"{'picture':>12} {'kB':>6} {'decode':>9} {'prepare':>9} {'both':>9} {'plain PIL':>9}  (ms)")
+    """Print a line for each size of picture.
+
+    `decode` makes all pixels, as training needs them; `read` what serving needs: decoded, resized and cropped.
+    """
+    torch.set_num_threads(1)
+    print(f"{'picture':>12} {'kB':>6} {'decode':>9} {'read':>9} {'normalise':>9} {'plain PIL':>9}  (ms)")
     for width, height in ((500, 375), (1024, 768), (4000, 3000)):
         print(row(width, height))
 

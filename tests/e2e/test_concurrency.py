@@ -28,10 +28,14 @@ TARGETS: tuple[tuple[str, dict[str, object], int], ...] = (
 
 
 @pytest.fixture
-def training(client: Client, train_long: Callable[[Client, str], pb.Job]) -> Iterator[str]:
+def training(
+    client: Client, train_long: Callable[[Client, str], pb.Job], wait_for: Callable[[Callable[[], object]], None]
+) -> Iterator[str]:
     """The id of a job that trains the next version of `flowers`, and has a checkpoint already."""
     job = train_long(client, "flowers")
+    begun = epochs(client, job.id)
     yield job.id
+    wait_for(lambda: epochs(client, job.id) > begun)  # it gave way to the calls, and goes on
     assert client.cancel_job(job.id).state == pb.JOB_STATE_CANCELLED
 
 
@@ -54,7 +58,6 @@ async def test_a_thousand_calls_at_once_are_all_answered_right_while_a_finetune_
     training: str,
     truth: Callable[[str, int, Image.Image], dict[str, float]],
     photo: bytes,
-    wait_for: Callable[[Callable[[], object]], None],
 ) -> None:
     views = pictures(photo)
     files = [bmp(view) for view in views]
@@ -68,7 +71,6 @@ async def test_a_thousand_calls_at_once_are_all_answered_right_while_a_finetune_
         (target, rng.sample(range(len(views)), rng.randint(1, 2)))
         for target in itertools.islice(itertools.cycle(TARGETS), CALLS)
     ]
-    epochs_before = epochs(client, training)
 
     async with grpc.aio.insecure_channel(served.grpc) as channel:
         stub = ModelServiceStub(channel)
@@ -89,7 +91,6 @@ async def test_a_thousand_calls_at_once_are_all_answered_right_while_a_finetune_
             assert found == pytest.approx(expected[model, version, i], abs=1e-4)
     assert len({p.id for a in answers for p in a.predictions}) == sum(len(images) for _, images in plan)
     assert client.get_job(training).state == pb.JOB_STATE_RUNNING
-    wait_for(lambda: epochs(client, training) > epochs_before)  # it gives way to the calls, and then goes on
 
 
 def epochs(client: Client, job_id: str) -> int:

@@ -64,7 +64,7 @@ def overload(bench: Bench, backbone: str) -> None:
     group = f"{backbone}, overload"
     _tell_overload(bench, group, median(best, "images_per_second"), flooded, memory)
     bench.found.add(group, "left by calls and refusals", 100 * possible, "%", note=note)
-    bench.found.add(f"{backbone}, overload", "afterwards, 32 callers", after["images_per_second"], "images/s")
+    bench.found.add(group, "afterwards, 32 callers", after["images_per_second"], "images/s")
 
 
 def _refusing(bench: Bench, rate: float) -> dict[str, float]:
@@ -72,9 +72,8 @@ def _refusing(bench: Bench, rate: float) -> dict[str, float]:
     with Worker("benchmarks._refuse", log=bench.settings.out / "refuse.log") as server:
         found = bench.flood(server.receive()["address"], server.pid, rate=rate)
     calls = sum(found["codes"].values()) or 1
-    return {
-        f"{who}_ms": 1e3 * found[f"{of}_cpu_seconds"] / calls for who, of in (("server", "daemon"), ("callers",) * 2)
-    }
+    server, callers = (1e3 * found[f"{who}_cpu_seconds"] / calls for who in ("daemon", "callers"))
+    return {"server_ms": server, "callers_ms": callers}
 
 
 def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any], memory: dict[str, int]) -> None:

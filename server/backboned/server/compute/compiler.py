@@ -241,8 +241,9 @@ class StageCompiler:
                 raise ValueError(report.error)
             artefact = self._artefacts.add(self._key(stage, size), Artefact(library, report.seconds[size]))
             for other in others:
-                self._artefacts.retime(self._key(stage, other), report.seconds[other])
                 progress.seconds[other] = report.seconds[other]
+                with suppress(OSError, ValueError):  # gone, to make room: what is loaded runs on all the same
+                    self._artefacts.retime(self._key(stage, other), report.seconds[other])
         except (OSError, ValueError, RuntimeError) as error:  # a full disk; what torch says of one
             if self._stopping:
                 return

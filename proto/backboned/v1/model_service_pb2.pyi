@@ -140,9 +140,13 @@ class FineTuneRequest(_message.Message):
     backbone: _builtins.str
     """The backbone's name, as in ListBackbones. Required."""
     dataset: _builtins.str
-    """A folder of images: an absolute path or file:// URI below one of the daemon's data roots, a path relative to one
-    of them, or the id of an uploaded dataset. A folder a class, or train/ and val/ with a folder a class each; for
-    TASK_MULTI_LABEL a file labels.csv with columns `file` and `labels` (separated by '|'). Required.
+    """Where the images are: an absolute path or file:// URI below one of the daemon's data roots, a path relative to one
+    of them, the id of an uploaded dataset, or where the daemon allows it an s3://, gs:// or http(s):// URI. It is
+      a folder with a folder a class, or with train/ and val/ (and test/) that have a folder a class each;
+      a folder with a manifest: labels.csv or labels.jsonl, with `file`, `labels` (separated by '|') and perhaps `split`
+      (the only way for TASK_MULTI_LABEL); or the manifest itself;
+      a .zip or .tar(.gz) archive of either; or WebDataset shards, as in "flowers-{000..007}.tar".
+    Required.
     """
     request_id: _builtins.str
     """Makes a retry safe: at most 128 characters, unique to the request. Optional."""
@@ -184,6 +188,10 @@ class TrainingOptions(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     VIEWS_FIELD_NUMBER: _builtins.int
     WARM_START_VERSION_FIELD_NUMBER: _builtins.int
+    TEST_FRACTION_FIELD_NUMBER: _builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: _builtins.int
+    EMA_DECAY_FIELD_NUMBER: _builtins.int
+    MAX_GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     task: Global___Task.ValueType
     """Default TASK_SINGLE_LABEL."""
     max_epochs: _builtins.int
@@ -191,11 +199,11 @@ class TrainingOptions(_message.Message):
     batch_size: _builtins.int
     """1…4096, default 32."""
     learning_rate: _builtins.float
-    """Above 0, at most 10. Default 1e-3 for the head alone, and 1e-4 when stages train too: it is then the rate of these
-    stages, and the head learns 10 times as fast.
+    """Above 0, at most 10. Default: for the head alone several are tried at once; where stages train too, a rate for
+    them that suits their depth. The last of them learns at this rate, the ones below it slower.
     """
     weight_decay: _builtins.float
-    """0…1, default 1e-4."""
+    """0…1. Default: for the head alone several are tried at once; 1e-4 where stages train too."""
     patience: _builtins.int
     """Epochs without a better validation loss before training stops: 0…10000, 0 never stops early. Default 5."""
     validation_fraction: _builtins.float
@@ -208,9 +216,23 @@ class TrainingOptions(_message.Message):
     """
     warm_start_version: _builtins.int
     """A version of the same model to begin from, in place of the backbone's weights and a new head. Default: none."""
+    test_fraction: _builtins.float
+    """The part of the images that is held back from training and from every choice, when the dataset has no test/ folder:
+    0…0.5, default 0. The accuracy on it is reported apart.
+    """
+    label_smoothing: _builtins.float
+    """How far targets are drawn to the mean of the classes, where stages train: 0…0.5, default 0.1. TASK_SINGLE_LABEL."""
+    ema_decay: _builtins.float
+    """Of the moving average of weights that is validated and served, where stages train: 0…0.9999 a step, 0 for none.
+    Default: by the number of steps.
+    """
+    max_gradient_norm: _builtins.float
+    """The largest norm of the gradient, where stages train: 0…1000, 0 for no limit. Default 1."""
     @_builtins.property
     def trainable_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stages that train besides the head, by name as in ListBackbones, or "all". Default: none, the head alone."""
+        """Stages that train besides the head, by name as in ListBackbones, or "all"; or "auto": the last stage with weights
+        trains too if validation gains more by it than its noise. Default: none, the head alone.
+        """
 
     def __init__(
         self,
@@ -226,21 +248,33 @@ class TrainingOptions(_message.Message):
         seed: _builtins.int | None = ...,
         views: _builtins.int | None = ...,
         warm_start_version: _builtins.int | None = ...,
+        test_fraction: _builtins.float | None = ...,
+        label_smoothing: _builtins.float | None = ...,
+        ema_decay: _builtins.float | None = ...,
+        max_gradient_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_patience", b"_patience", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_views", b"_views", "_warm_start_version", b"_warm_start_version", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "patience", b"patience", "seed", b"seed", "validation_fraction", b"validation_fraction", "views", b"views", "warm_start_version", b"warm_start_version", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_ema_decay", b"_ema_decay", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_max_gradient_norm", b"_max_gradient_norm", "_patience", b"_patience", "_seed", b"_seed", "_test_fraction", b"_test_fraction", "_validation_fraction", b"_validation_fraction", "_views", b"_views", "_warm_start_version", b"_warm_start_version", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "ema_decay", b"ema_decay", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "max_gradient_norm", b"max_gradient_norm", "patience", b"patience", "seed", b"seed", "test_fraction", b"test_fraction", "validation_fraction", b"validation_fraction", "views", b"views", "warm_start_version", b"warm_start_version", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_patience", b"_patience", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_views", b"_views", "_warm_start_version", b"_warm_start_version", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "patience", b"patience", "seed", b"seed", "task", b"task", "trainable_stages", b"trainable_stages", "validation_fraction", b"validation_fraction", "views", b"views", "warm_start_version", b"warm_start_version", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_ema_decay", b"_ema_decay", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_max_gradient_norm", b"_max_gradient_norm", "_patience", b"_patience", "_seed", b"_seed", "_test_fraction", b"_test_fraction", "_validation_fraction", b"_validation_fraction", "_views", b"_views", "_warm_start_version", b"_warm_start_version", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "ema_decay", b"ema_decay", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "max_gradient_norm", b"max_gradient_norm", "patience", b"patience", "seed", b"seed", "task", b"task", "test_fraction", b"test_fraction", "trainable_stages", b"trainable_stages", "validation_fraction", b"validation_fraction", "views", b"views", "warm_start_version", b"warm_start_version", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__ema_decay: _TypeAlias = _typing.Literal["ema_decay"]  # noqa: Y015
+    _WhichOneofArgType__ema_decay: _TypeAlias = _typing.Literal["_ema_decay", b"_ema_decay"]  # noqa: Y015
+    _WhichOneofReturnType__label_smoothing: _TypeAlias = _typing.Literal["label_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__label_smoothing: _TypeAlias = _typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
     _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__max_gradient_norm: _TypeAlias = _typing.Literal["max_gradient_norm"]  # noqa: Y015
+    _WhichOneofArgType__max_gradient_norm: _TypeAlias = _typing.Literal["_max_gradient_norm", b"_max_gradient_norm"]  # noqa: Y015
     _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
     _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__test_fraction: _TypeAlias = _typing.Literal["test_fraction"]  # noqa: Y015
+    _WhichOneofArgType__test_fraction: _TypeAlias = _typing.Literal["_test_fraction", b"_test_fraction"]  # noqa: Y015
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
     _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
     _WhichOneofReturnType__views: _TypeAlias = _typing.Literal["views"]  # noqa: Y015
@@ -252,13 +286,21 @@ class TrainingOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema_decay) -> _WhichOneofReturnType__ema_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gradient_norm) -> _WhichOneofReturnType__max_gradient_norm | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__test_fraction) -> _WhichOneofReturnType__test_fraction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
     @_typing.overload
@@ -484,6 +526,7 @@ class JobEvent(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3, … within the job."""
     state: Global___JobState.ValueType
@@ -510,6 +553,10 @@ class JobEvent(_message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """A checkpoint was written."""
 
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """The version's best checkpoint was judged: the last before the final state."""
+
     def __init__(
         self,
         *,
@@ -521,12 +568,13 @@ class JobEvent(_message.Message):
         epoch: Global___EpochMetrics | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
         log: _builtins.str = ...,
+        evaluation: Global___Evaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dataset_report", b"dataset_report", "epoch", b"epoch", "event", b"event", "feature_progress", b"feature_progress", "log", b"log", "state", b"state", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dataset_report", b"dataset_report", "epoch", b"epoch", "evaluation", b"evaluation", "event", b"event", "feature_progress", b"feature_progress", "log", b"log", "state", b"state", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dataset_report", b"dataset_report", "epoch", b"epoch", "event", b"event", "feature_progress", b"feature_progress", "log", b"log", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dataset_report", b"dataset_report", "epoch", b"epoch", "evaluation", b"evaluation", "event", b"event", "feature_progress", b"feature_progress", "log", b"log", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "dataset_report", "feature_progress", "epoch", "checkpoint", "log"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "dataset_report", "feature_progress", "epoch", "checkpoint", "log", "evaluation"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -546,6 +594,9 @@ class DatasetReport(_message.Message):
     UNREADABLE_COUNT_FIELD_NUMBER: _builtins.int
     SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    TEST_IMAGES_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    DUPLICATES_COUNT_FIELD_NUMBER: _builtins.int
     train_images: _builtins.int
     """Images that train."""
     validation_images: _builtins.int
@@ -554,6 +605,10 @@ class DatasetReport(_message.Message):
     """How many could not be read in all."""
     skipped_count: _builtins.int
     """How many were skipped in all."""
+    test_images: _builtins.int
+    """Images that are held back to test."""
+    duplicates_count: _builtins.int
+    """How many groups of them there are in all."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassCount]:
         """Each class with its number of images."""
@@ -568,7 +623,11 @@ class DatasetReport(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What a person should know: strong imbalance, very few images of a class."""
+        """What a person should know: strong imbalance, very few images of a class, duplicates, tiny or odd images."""
+
+    @_builtins.property
+    def duplicates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Duplicates]:
+        """Images that are the same, or nearly so. At most 1000 groups are listed."""
 
     def __init__(
         self,
@@ -581,14 +640,53 @@ class DatasetReport(_message.Message):
         unreadable_count: _builtins.int = ...,
         skipped_count: _builtins.int = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        test_images: _builtins.int = ...,
+        duplicates: _abc.Iterable[Global___Duplicates] | None = ...,
+        duplicates_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "skipped", b"skipped", "skipped_count", b"skipped_count", "train_images", b"train_images", "unreadable", b"unreadable", "unreadable_count", b"unreadable_count", "validation_images", b"validation_images", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "duplicates", b"duplicates", "duplicates_count", b"duplicates_count", "skipped", b"skipped", "skipped_count", b"skipped_count", "test_images", b"test_images", "train_images", b"train_images", "unreadable", b"unreadable", "unreadable_count", b"unreadable_count", "validation_images", b"validation_images", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DatasetReport: _TypeAlias = DatasetReport  # noqa: Y015
+
+@_typing.final
+class Duplicates(_message.Message):
+    """Images that show the same."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATHS_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    ACROSS_PARTS_FIELD_NUMBER: _builtins.int
+    LABELS_DIFFER_FIELD_NUMBER: _builtins.int
+    exact: _builtins.bool
+    """Whether their bytes are equal; otherwise they only look alike."""
+    across_parts: _builtins.bool
+    """Whether some of them train and others validate or test: that makes figures look better than they are."""
+    labels_differ: _builtins.bool
+    """Whether their labels differ."""
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their paths within the dataset, two or more."""
+
+    def __init__(
+        self,
+        *,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+        exact: _builtins.bool = ...,
+        across_parts: _builtins.bool = ...,
+        labels_differ: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["across_parts", b"across_parts", "exact", b"exact", "labels_differ", b"labels_differ", "paths", b"paths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Duplicates: _TypeAlias = Duplicates  # noqa: Y015
 
 @_typing.final
 class ClassCount(_message.Message):
@@ -599,22 +697,26 @@ class ClassCount(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     TRAIN_IMAGES_FIELD_NUMBER: _builtins.int
     VALIDATION_IMAGES_FIELD_NUMBER: _builtins.int
+    TEST_IMAGES_FIELD_NUMBER: _builtins.int
     label: _builtins.str
     """The class's name."""
     train_images: _builtins.int
     """Images that train."""
     validation_images: _builtins.int
     """Images that validate."""
+    test_images: _builtins.int
+    """Images that are held back to test."""
     def __init__(
         self,
         *,
         label: _builtins.str = ...,
         train_images: _builtins.int = ...,
         validation_images: _builtins.int = ...,
+        test_images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "train_images", b"train_images", "validation_images", b"validation_images"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "test_images", b"test_images", "train_images", b"train_images", "validation_images", b"validation_images"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -655,22 +757,26 @@ class FeatureProgress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     IMAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     done: _builtins.int
     """Images done, of `total`."""
     total: _builtins.int
     """Images in all, over all views."""
     images_per_second: _builtins.float
-    """Since the job began to compute features."""
+    """Since the job began to compute features, without those that were cached."""
+    cached: _builtins.int
+    """How many of those done were in the cache."""
     def __init__(
         self,
         *,
         done: _builtins.int = ...,
         total: _builtins.int = ...,
         images_per_second: _builtins.float = ...,
+        cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "images_per_second", b"images_per_second", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "done", b"done", "images_per_second", b"images_per_second", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -690,6 +796,7 @@ class EpochMetrics(_message.Message):
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     IMAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    TRAINABLE_STAGES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """1, 2, 3, …"""
     train_loss: _builtins.float
@@ -706,6 +813,10 @@ class EpochMetrics(_message.Message):
     """Training images a second."""
     best: _builtins.bool
     """Whether its validation loss is the lowest so far."""
+    @_builtins.property
+    def trainable_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The stages that trained in it besides the head."""
+
     def __init__(
         self,
         *,
@@ -717,14 +828,145 @@ class EpochMetrics(_message.Message):
         learning_rate: _builtins.float = ...,
         images_per_second: _builtins.float = ...,
         best: _builtins.bool = ...,
+        trainable_stages: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "epoch", b"epoch", "images_per_second", b"images_per_second", "learning_rate", b"learning_rate", "train_accuracy", b"train_accuracy", "train_loss", b"train_loss", "val_accuracy", b"val_accuracy", "val_loss", b"val_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "epoch", b"epoch", "images_per_second", b"images_per_second", "learning_rate", b"learning_rate", "train_accuracy", b"train_accuracy", "train_loss", b"train_loss", "trainable_stages", b"trainable_stages", "val_accuracy", b"val_accuracy", "val_loss", b"val_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EpochMetrics: _TypeAlias = EpochMetrics  # noqa: Y015
+
+@_typing.final
+class Evaluation(_message.Message):
+    """How good a version's best checkpoint is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALIDATION_FIELD_NUMBER: _builtins.int
+    TEST_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_BELOW_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """What logits are divided by, so that probabilities are as often right as they say."""
+    uncertain_below: _builtins.float
+    """An answer whose highest probability is lower than this is `uncertain`."""
+    epoch: _builtins.int
+    """The epoch that was judged."""
+    @_builtins.property
+    def validation(self) -> Global___Judgement:
+        """On the images that validate. They chose the epoch (and where there are many images the rates), so the figures are a
+        little better than the truth.
+        """
+
+    @_builtins.property
+    def test(self) -> Global___Judgement:
+        """On the images that were held back: no choice has seen them. Unset without a test part."""
+
+    def __init__(
+        self,
+        *,
+        validation: Global___Judgement | None = ...,
+        test: Global___Judgement | None = ...,
+        temperature: _builtins.float = ...,
+        uncertain_below: _builtins.float = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["test", b"test", "validation", b"validation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "temperature", b"temperature", "test", b"test", "uncertain_below", b"uncertain_below", "validation", b"validation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class Judgement(_message.Message):
+    """Figures over some images."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    ACCURACY_LOW_FIELD_NUMBER: _builtins.int
+    ACCURACY_HIGH_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_ERROR_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    MAJORITY_ACCURACY_FIELD_NUMBER: _builtins.int
+    images: _builtins.int
+    """How many images."""
+    accuracy: _builtins.float
+    """0…1; multi-label: the mean over classes."""
+    accuracy_low: _builtins.float
+    """The 95 % confidence interval of the accuracy (Wilson)."""
+    accuracy_high: _builtins.float
+    """Its upper end."""
+    loss: _builtins.float
+    """The mean loss an image, after calibration."""
+    calibration_error: _builtins.float
+    """The expected calibration error over 15 bins, after calibration: 0…1."""
+    majority_accuracy: _builtins.float
+    """The accuracy of answering the most frequent class, or label by label the more frequent answer."""
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassJudgement]:
+        """Each class, in the order of `classes`."""
+
+    def __init__(
+        self,
+        *,
+        images: _builtins.int = ...,
+        accuracy: _builtins.float = ...,
+        accuracy_low: _builtins.float = ...,
+        accuracy_high: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        calibration_error: _builtins.float = ...,
+        classes: _abc.Iterable[Global___ClassJudgement] | None = ...,
+        majority_accuracy: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "accuracy_high", b"accuracy_high", "accuracy_low", b"accuracy_low", "calibration_error", b"calibration_error", "classes", b"classes", "images", b"images", "loss", b"loss", "majority_accuracy", b"majority_accuracy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judgement: _TypeAlias = Judgement  # noqa: Y015
+
+@_typing.final
+class ClassJudgement(_message.Message):
+    """Figures of a class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """The class's name."""
+    images: _builtins.int
+    """Images that are of it."""
+    precision: _builtins.float
+    """Of the images that were said to be of it, the part that is: 0…1; 0 if there were none."""
+    recall: _builtins.float
+    """Of the images that are of it, the part that was said to be: 0…1; 0 if there are none."""
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        images: _builtins.int = ...,
+        precision: _builtins.float = ...,
+        recall: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "label", b"label", "precision", b"precision", "recall", b"recall"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassJudgement: _TypeAlias = ClassJudgement  # noqa: Y015
 
 @_typing.final
 class Checkpoint(_message.Message):
@@ -974,6 +1216,68 @@ class Tensor(_message.Message):
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
+class GetReportRequest(_message.Message):
+    """Asks for the report of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Required."""
+    version: _builtins.int
+    """A version's number."""
+    alias: _builtins.str
+    """An alias; "latest" always means the newest version that is complete."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "target", b"target", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "model", b"model", "target", b"target", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["version", "alias"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___GetReportRequest: _TypeAlias = GetReportRequest  # noqa: Y015
+
+@_typing.final
+class Report(_message.Message):
+    """How good a version is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    HTML_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name."""
+    version: _builtins.int
+    """The version."""
+    html: _builtins.str
+    """The page: HTML with everything in it."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        html: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["html", b"html", "model", b"model", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Report: _TypeAlias = Report  # noqa: Y015
+
+@_typing.final
 class PredictRequest(_message.Message):
     """Asks what images show."""
 
@@ -1154,10 +1458,17 @@ class Prediction(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     UNCERTAIN_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    UNFAMILIAR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique, for ReportOutcome."""
     uncertain: _builtins.bool
-    """Whether the model doubts its answer, where it has a threshold for that."""
+    """Whether the model doubts its answer: its highest probability is below the threshold that validation chose, or the
+    image is `unfamiliar`. Never set for a model without thresholds, as of a dropped file.
+    """
+    unfamiliar: _builtins.bool
+    """Whether the image's features lie further from those of every class than nearly all that validated: it may show
+    something else altogether.
+    """
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassProbability]:
         """Best first, `top_k` of them. Probabilities sum to 1 over all classes, except for TASK_MULTI_LABEL."""
@@ -1173,10 +1484,11 @@ class Prediction(_message.Message):
         classes: _abc.Iterable[Global___ClassProbability] | None = ...,
         uncertain: _builtins.bool = ...,
         embedding: _abc.Iterable[_builtins.float] | None = ...,
+        unfamiliar: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "embedding", b"embedding", "id", b"id", "uncertain", b"uncertain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "embedding", b"embedding", "id", b"id", "uncertain", b"uncertain", "unfamiliar", b"unfamiliar"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1758,6 +2070,7 @@ class DatasetEntry(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     VALIDATION_FIELD_NUMBER: _builtins.int
+    TEST_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Its path within the dataset."""
     sha256: _builtins.str
@@ -1766,6 +2079,8 @@ class DatasetEntry(_message.Message):
     """Of its bytes."""
     validation: _builtins.bool
     """Whether it validates rather than trains."""
+    test: _builtins.bool
+    """Whether it is held back to test."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Its labels: one, or any number for TASK_MULTI_LABEL."""
@@ -1778,10 +2093,11 @@ class DatasetEntry(_message.Message):
         sha256: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         validation: _builtins.bool = ...,
+        test: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "test", b"test", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

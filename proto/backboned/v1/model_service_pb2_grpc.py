@@ -96,6 +96,11 @@ class ModelServiceStub(object):
                 request_serializer=backboned_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=backboned_dot_v1_dot_model__service__pb2.Model.FromString,
                 _registered_method=True)
+        self.GetReport = channel.unary_unary(
+                '/backboned.v1.ModelService/GetReport',
+                request_serializer=backboned_dot_v1_dot_model__service__pb2.GetReportRequest.SerializeToString,
+                response_deserializer=backboned_dot_v1_dot_model__service__pb2.Report.FromString,
+                _registered_method=True)
         self.SetAlias = channel.unary_unary(
                 '/backboned.v1.ModelService/SetAlias',
                 request_serializer=backboned_dot_v1_dot_model__service__pb2.SetAliasRequest.SerializeToString,
@@ -205,7 +210,6 @@ class ModelServiceServicer(object):
         RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
         UNAVAILABLE          the version exists but isn't loaded yet; try again
         FAILED_PRECONDITION  the version is quarantined; the message says why
-        UNIMPLEMENTED        `dataset_image`, until uploads exist
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +260,17 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReport(self, request, context):
+        """How good a version is, as one self-contained HTML page: its figures, curves, confusion matrix, reliability diagram
+        and the photos that it gets most wrong.
+
+        NOT_FOUND            unknown model, version or alias; or the version has no report: it was dropped, or its job
+        hasn't ended
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetAlias(self, request, context):
         """Points an alias of a model to a version. `expected_version` guards against a lost update.
 
@@ -290,11 +305,12 @@ class ModelServiceServicer(object):
 
     def UploadDataset(self, request_iterator, context):
         """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
-        message declares them, and only those that the daemon doesn't have need to be sent.
+        message declares them all, and only those that the daemon doesn't have need to be sent. A call that sends no image
+        answers with those that are missing; what has come when a call breaks off is kept, so that the next one goes on.
 
-        INVALID_ARGUMENT     a digest that doesn't match, or an image without a class
-        RESOURCE_EXHAUSTED   the disk or the quota is full
-        UNIMPLEMENTED        in this version of the daemon
+        INVALID_ARGUMENT     bytes that don't match their digest, a path that is used twice or can't be used, an image
+        without a class, or a piece of an image that wasn't declared
+        RESOURCE_EXHAUSTED   the disk or the quota (`--upload-quota`) is full
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -303,7 +319,7 @@ class ModelServiceServicer(object):
     def ListDatasets(self, request, context):
         """Uploaded datasets, newest first.
 
-        UNIMPLEMENTED        in this version of the daemon
+        INVALID_ARGUMENT     a bad page size or token
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -313,8 +329,7 @@ class ModelServiceServicer(object):
         """Deletes an uploaded dataset.
 
         NOT_FOUND            unknown dataset
-        FAILED_PRECONDITION  a job uses it
-        UNIMPLEMENTED        in this version of the daemon
+        FAILED_PRECONDITION  a job that hasn't ended uses it
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -382,6 +397,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=backboned_dot_v1_dot_model__service__pb2.GetModelRequest.FromString,
                     response_serializer=backboned_dot_v1_dot_model__service__pb2.Model.SerializeToString,
+            ),
+            'GetReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReport,
+                    request_deserializer=backboned_dot_v1_dot_model__service__pb2.GetReportRequest.FromString,
+                    response_serializer=backboned_dot_v1_dot_model__service__pb2.Report.SerializeToString,
             ),
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
@@ -739,6 +759,33 @@ class ModelService(object):
             '/backboned.v1.ModelService/GetModel',
             backboned_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
             backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backboned.v1.ModelService/GetReport',
+            backboned_dot_v1_dot_model__service__pb2.GetReportRequest.SerializeToString,
+            backboned_dot_v1_dot_model__service__pb2.Report.FromString,
             options,
             channel_credentials,
             insecure,

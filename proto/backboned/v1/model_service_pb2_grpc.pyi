@@ -91,7 +91,6 @@ class ModelServiceStub:
       RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
       UNAVAILABLE          the version exists but isn't loaded yet; try again
       FAILED_PRECONDITION  the version is quarantined; the message says why
-      UNIMPLEMENTED        `dataset_image`, until uploads exist
     """
     PredictStream: _grpc.StreamStreamMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]
     """The same for many requests over one stream, answered in the order they were sent. Flow control holds the sender
@@ -117,6 +116,13 @@ class ModelServiceStub:
 
       NOT_FOUND            unknown model; the message has the nearest names
     """
+    GetReport: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetReportRequest, _model_service_pb2.Report]
+    """How good a version is, as one self-contained HTML page: its figures, curves, confusion matrix, reliability diagram
+    and the photos that it gets most wrong.
+
+      NOT_FOUND            unknown model, version or alias; or the version has no report: it was dropped, or its job
+                           hasn't ended
+    """
     SetAlias: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.SetAliasRequest, _model_service_pb2.Model]
     """Points an alias of a model to a version. `expected_version` guards against a lost update.
 
@@ -139,23 +145,23 @@ class ModelServiceStub:
     """
     UploadDataset: _grpc.StreamUnaryMultiCallable[_model_service_pb2.UploadDatasetRequest, _model_service_pb2.Dataset]
     """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
-    message declares them, and only those that the daemon doesn't have need to be sent.
+    message declares them all, and only those that the daemon doesn't have need to be sent. A call that sends no image
+    answers with those that are missing; what has come when a call breaks off is kept, so that the next one goes on.
 
-      INVALID_ARGUMENT     a digest that doesn't match, or an image without a class
-      RESOURCE_EXHAUSTED   the disk or the quota is full
-      UNIMPLEMENTED        in this version of the daemon
+      INVALID_ARGUMENT     bytes that don't match their digest, a path that is used twice or can't be used, an image
+                           without a class, or a piece of an image that wasn't declared
+      RESOURCE_EXHAUSTED   the disk or the quota (`--upload-quota`) is full
     """
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListDatasetsRequest, _model_service_pb2.ListDatasetsResponse]
     """Uploaded datasets, newest first.
 
-      UNIMPLEMENTED        in this version of the daemon
+      INVALID_ARGUMENT     a bad page size or token
     """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteDatasetRequest, _empty_pb2.Empty]
     """Deletes an uploaded dataset.
 
       NOT_FOUND            unknown dataset
-      FAILED_PRECONDITION  a job uses it
-      UNIMPLEMENTED        in this version of the daemon
+      FAILED_PRECONDITION  a job that hasn't ended uses it
     """
 
 @_typing.type_check_only
@@ -212,7 +218,6 @@ class ModelServiceAsyncStub(ModelServiceStub):
       RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
       UNAVAILABLE          the version exists but isn't loaded yet; try again
       FAILED_PRECONDITION  the version is quarantined; the message says why
-      UNIMPLEMENTED        `dataset_image`, until uploads exist
     """
     PredictStream: _aio.StreamStreamMultiCallable[_model_service_pb2.PredictRequest, _model_service_pb2.PredictResponse]  # type: ignore[assignment]
     """The same for many requests over one stream, answered in the order they were sent. Flow control holds the sender
@@ -238,6 +243,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
       NOT_FOUND            unknown model; the message has the nearest names
     """
+    GetReport: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetReportRequest, _model_service_pb2.Report]  # type: ignore[assignment]
+    """How good a version is, as one self-contained HTML page: its figures, curves, confusion matrix, reliability diagram
+    and the photos that it gets most wrong.
+
+      NOT_FOUND            unknown model, version or alias; or the version has no report: it was dropped, or its job
+                           hasn't ended
+    """
     SetAlias: _aio.UnaryUnaryMultiCallable[_model_service_pb2.SetAliasRequest, _model_service_pb2.Model]  # type: ignore[assignment]
     """Points an alias of a model to a version. `expected_version` guards against a lost update.
 
@@ -260,23 +272,23 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     UploadDataset: _aio.StreamUnaryMultiCallable[_model_service_pb2.UploadDatasetRequest, _model_service_pb2.Dataset]  # type: ignore[assignment]
     """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
-    message declares them, and only those that the daemon doesn't have need to be sent.
+    message declares them all, and only those that the daemon doesn't have need to be sent. A call that sends no image
+    answers with those that are missing; what has come when a call breaks off is kept, so that the next one goes on.
 
-      INVALID_ARGUMENT     a digest that doesn't match, or an image without a class
-      RESOURCE_EXHAUSTED   the disk or the quota is full
-      UNIMPLEMENTED        in this version of the daemon
+      INVALID_ARGUMENT     bytes that don't match their digest, a path that is used twice or can't be used, an image
+                           without a class, or a piece of an image that wasn't declared
+      RESOURCE_EXHAUSTED   the disk or the quota (`--upload-quota`) is full
     """
     ListDatasets: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListDatasetsRequest, _model_service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Uploaded datasets, newest first.
 
-      UNIMPLEMENTED        in this version of the daemon
+      INVALID_ARGUMENT     a bad page size or token
     """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteDatasetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes an uploaded dataset.
 
       NOT_FOUND            unknown dataset
-      FAILED_PRECONDITION  a job uses it
-      UNIMPLEMENTED        in this version of the daemon
+      FAILED_PRECONDITION  a job that hasn't ended uses it
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -372,7 +384,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
           RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
           UNAVAILABLE          the version exists but isn't loaded yet; try again
           FAILED_PRECONDITION  the version is quarantined; the message says why
-          UNIMPLEMENTED        `dataset_image`, until uploads exist
         """
 
     @_abc_1.abstractmethod
@@ -430,6 +441,19 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetReport(
+        self,
+        request: _model_service_pb2.GetReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.Report, _abc.Awaitable[_model_service_pb2.Report]]:
+        """How good a version is, as one self-contained HTML page: its figures, curves, confusion matrix, reliability diagram
+        and the photos that it gets most wrong.
+
+          NOT_FOUND            unknown model, version or alias; or the version has no report: it was dropped, or its job
+                               hasn't ended
+        """
+
+    @_abc_1.abstractmethod
     def SetAlias(
         self,
         request: _model_service_pb2.SetAliasRequest,
@@ -474,11 +498,12 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.Dataset, _abc.Awaitable[_model_service_pb2.Dataset]]:
         """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
-        message declares them, and only those that the daemon doesn't have need to be sent.
+        message declares them all, and only those that the daemon doesn't have need to be sent. A call that sends no image
+        answers with those that are missing; what has come when a call breaks off is kept, so that the next one goes on.
 
-          INVALID_ARGUMENT     a digest that doesn't match, or an image without a class
-          RESOURCE_EXHAUSTED   the disk or the quota is full
-          UNIMPLEMENTED        in this version of the daemon
+          INVALID_ARGUMENT     bytes that don't match their digest, a path that is used twice or can't be used, an image
+                               without a class, or a piece of an image that wasn't declared
+          RESOURCE_EXHAUSTED   the disk or the quota (`--upload-quota`) is full
         """
 
     @_abc_1.abstractmethod
@@ -489,7 +514,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_service_pb2.ListDatasetsResponse, _abc.Awaitable[_model_service_pb2.ListDatasetsResponse]]:
         """Uploaded datasets, newest first.
 
-          UNIMPLEMENTED        in this version of the daemon
+          INVALID_ARGUMENT     a bad page size or token
         """
 
     @_abc_1.abstractmethod
@@ -501,8 +526,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes an uploaded dataset.
 
           NOT_FOUND            unknown dataset
-          FAILED_PRECONDITION  a job uses it
-          UNIMPLEMENTED        in this version of the daemon
+          FAILED_PRECONDITION  a job that hasn't ended uses it
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,6 +26,10 @@ _PLAIN_OPTIONS = (
     "seed",
     "views",
     "warm_start_version",
+    "test_fraction",
+    "label_smoothing",
+    "ema_decay",
+    "max_gradient_norm",
 )
 MAX_REQUEST_ID_LENGTH = 128
 
@@ -64,12 +68,14 @@ def event_message(event: JobEvent, job: Job, directory: CheckpointDirectory) -> 
             message.state = _state(state)
         case events.DatasetReport() as report:
             message.dataset_report.CopyFrom(_report(report))
-        case events.FeatureProgress(done, total, speed):
-            message.feature_progress.CopyFrom(pb.FeatureProgress(done=done, total=total, images_per_second=speed))
+        case events.FeatureProgress() as progress:
+            message.feature_progress.CopyFrom(pb.FeatureProgress(**vars(progress)))
         case events.EpochDone() as epoch:
             message.epoch.CopyFrom(pb.EpochMetrics(**vars(epoch)))
         case events.CheckpointWritten() as written:
             message.checkpoint.CopyFrom(_written(written, job, directory))
+        case events.Evaluation() as evaluation:
+            message.evaluation.CopyFrom(_evaluation(evaluation))
         case events.LogLine(text):
             message.log = text
     return message
@@ -138,7 +144,25 @@ def _report(report: events.DatasetReport) -> pb.DatasetReport:
         unreadable_count=report.unreadable_count,
         skipped_count=report.skipped_count,
         warnings=report.warnings,
+        test_images=report.test_images,
+        duplicates=[pb.Duplicates(**vars(d)) for d in report.duplicates],
+        duplicates_count=report.duplicates_count,
     )
+
+
+def _evaluation(evaluation: events.Evaluation) -> pb.Evaluation:
+    return pb.Evaluation(
+        validation=_judgement(evaluation.validation),
+        test=None if evaluation.test is None else _judgement(evaluation.test),
+        temperature=evaluation.temperature,
+        uncertain_below=evaluation.uncertain_below,
+        epoch=evaluation.epoch,
+    )
+
+
+def _judgement(judgement: events.Judgement) -> pb.Judgement:
+    classes = [pb.ClassJudgement(**vars(c)) for c in judgement.classes]
+    return pb.Judgement(**{**vars(judgement), "classes": classes})
 
 
 def _written(written: events.CheckpointWritten, job: Job, directory: CheckpointDirectory) -> pb.Checkpoint:

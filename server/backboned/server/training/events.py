@@ -29,6 +29,7 @@ class ClassCount:
     label: str
     train_images: int
     validation_images: int
+    test_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class SkippedFile:
 
     path: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images, by path, that show the same: of equal bytes if `exact`, else only alike."""
+
+    paths: tuple[str, ...]
+    exact: bool
+    across_parts: bool
+    labels_differ: bool
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,22 @@ class DatasetReport:
     unreadable_count: int
     skipped_count: int
     warnings: tuple[str, ...]
+    test_images: int = 0
+    duplicates: tuple[Duplicates, ...] = ()
+    duplicates_count: int = 0
 
 
 @dataclass(frozen=True)
 class FeatureProgress:
-    """How many images, over all views, have gone through the frozen stages, and how fast since the beginning."""
+    """How many images, over all views, have gone through the frozen stages or came from the cache.
+
+    `images_per_second` is that of the computed ones, since the beginning.
+    """
 
     done: int
     total: int
     images_per_second: float
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class EpochDone:
     learning_rate: float
     images_per_second: float
     best: bool
+    trainable_stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,41 @@ class CheckpointWritten:
     size_bytes: int
     create_time: float
     best: bool
+
+
+@dataclass(frozen=True)
+class ClassJudgement:
+    """A class's figures: images that are of it, and precision and recall 0…1."""
+
+    label: str
+    images: int
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Figures over some images, after calibration: see the message of this name in the proto."""
+
+    images: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    loss: float
+    calibration_error: float
+    majority_accuracy: float
+    classes: tuple[ClassJudgement, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good the best checkpoint is on the images that validate, and on those that no choice has seen, if any."""
+
+    epoch: int
+    validation: Judgement
+    test: Judgement | None
+    temperature: float
+    uncertain_below: float
 
 
 @dataclass(frozen=True)
@@ -103,13 +157,16 @@ class LogLine:
     text: str
 
 
-JobEventPayload = DatasetReport | FeatureProgress | EpochDone | CheckpointWritten | StateChanged | LogLine
+JobEventPayload = (
+    DatasetReport | FeatureProgress | EpochDone | CheckpointWritten | Evaluation | StateChanged | LogLine
+)
 
 _KINDS: Mapping[str, type[JobEventPayload]] = {
     "dataset_report": DatasetReport,
     "feature_progress": FeatureProgress,
     "epoch": EpochDone,
     "checkpoint": CheckpointWritten,
+    "evaluation": Evaluation,
     "state": StateChanged,
     "log": LogLine,
 }
@@ -135,6 +192,16 @@ def from_json(text: str) -> JobEventPayload:
         for name in ("unreadable", "skipped"):
             values[name] = tuple(SkippedFile(**s) for s in values[name])
         values["warnings"] = tuple(values["warnings"])
+        values["duplicates"] = tuple(Duplicates(**{**d, "paths": tuple(d["paths"])}) for d in values["duplicates"])
+    if kind is EpochDone:
+        values["trainable_stages"] = tuple(values["trainable_stages"])
+    if kind is Evaluation:
+        values["validation"] = _judgement(values["validation"])
+        values["test"] = None if values["test"] is None else _judgement(values["test"])
     if set(values) != {f.name for f in fields(kind)}:
         raise ValueError(f"not the fields of {kind.__name__}: {sorted(values)}")
     return kind(**values)
+
+
+def _judgement(values: dict[str, Any]) -> Judgement:
+    return Judgement(**{**values, "classes": tuple(ClassJudgement(**c) for c in values["classes"])})

@@ -10,6 +10,7 @@ from backboned.registry.errors import invalid, suggestion
 from backboned.registry.task import Task
 
 ALL_STAGES = "all"
+AUTO_STAGES = "auto"
 HEAD_LEARNING_RATE = 1e-3
 STAGES_LEARNING_RATE = 1e-4
 
@@ -21,6 +22,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "validation_fraction": (0.01, 0.9),
     "seed": (0, 2**63 - 1),
     "views": (1, 64),
+    "test_fraction": (0, 0.5),
+    "label_smoothing": (0, 0.5),
+    "max_gradient_norm": (0, 1000),
 }
 
 
@@ -45,6 +49,10 @@ class TrainingOptions:
     seed: int = 0
     views: int = 2
     warm_start_version: int | None = None
+    test_fraction: float = 0.0
+    label_smoothing: float = 0.1
+    ema_decay: float | None = None
+    max_gradient_norm: float = 1.0
 
     def validated(self, backbone: Backbone) -> "TrainingOptions":
         """These options with what is left open filled in: stages by name, in order, without the head, and the rate.

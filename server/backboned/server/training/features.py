@@ -1,149 +1,305 @@
-"""What the frozen stages make of images: computed once a job, then read batch by batch."""
+"""What the frozen stages make of images: from the cache, or computed once and cached, then read batch by batch."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from backboned.registry.backbone import Preprocessing
+from backboned.registry.backbone import Backbone, Preprocessing
 from backboned.registry.errors import BackbonedError
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import augment, normalise, read
 from backboned.server.compute.stages import LoadedStage, run_path
+from backboned.server.training.feature_cache import CacheSpace, FeatureCache, RowKey
 
-_ROWS_AT_ONCE = {"cpu": 16, "cuda": 64}
+BATCH = {"cpu": 16, "cuda": 64}
+"""Rows that are computed at once, always: short batches are filled up, so that a row has the same bits in each."""
 
+_RECIPE = 1
+"""To be raised when decoding, cropping or augmenting changes what a row is."""
 
-class Features(Protocol):
-    """The activations at the freezing boundary for a list of images, in one or more views each.
+_SEGMENT_BYTES = 64 * 2**20
+_SEGMENT_SECONDS = 2.0
 
-    For one thread. An implementation may keep them in memory, on disk, or between jobs.
-    """
-
-    def prepare(self, done: Callable[[int], None]) -> dict[int, str]:
-        """Read all images once, and return why those that can't be read can't be, by index.
-
-        `done(count)` is called in this thread after every few rows; what it raises ends the work.
-        """
-
-    def batch(self, images: Tensor, views: Tensor) -> Tensor:
-        """`[n]` indices of images and of their views → `[n, …]` float32 on the device, ready for autograd."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The stages below the boundary; none if everything trains."""
+    """The stages below the boundary; none if everything trains. May be used from any thread."""
 
+    backbone: Backbone
     path: Sequence[LoadedStage]
     preprocessing: Preprocessing
     device: Device
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """`[n, 3, crop, crop]` uint8 → `[n, …]` float32 on the device. May be called from any thread."""
+    @property
+    def batch(self) -> int:
+        """How many rows are computed at once."""
+        return BATCH[self.device.device.type]
+
+    def rows(self, pixels: Tensor) -> Tensor:
+        """`[n, 3, crop, crop]` uint8 → what is cached, `[n, …]` on the CPU: activations, or the pixels themselves."""
+        if not self.path:
+            return pixels
         with torch.inference_mode():
-            x = normalise(pixels.to(self.device.device), self.preprocessing)
-            x = x.to(self.device.dtype, memory_format=torch.channels_last)  # a quarter faster on the CPU
-            return run_path(self.path, x).float()
+            return torch.cat([self._run(part) for part in pixels.split(self.batch)])
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Rows → `[n, …]` float32 on the device, ready for autograd."""
+        if not self.path:
+            return normalise(rows.to(self.device.device), self.preprocessing)
+        return rows.to(self.device.device).float().clone()  # a clone is no inference tensor
+
+    def describe(self) -> dict[str, object]:
+        """All that a row depends on besides its image, as JSON values."""
+        stages = [[stage.key.stage, stage.key.digest] for stage in self.path]
+        return {
+            "recipe": _RECIPE,
+            "preprocessing": self.preprocessing.to_dict(),
+            "backbone": self.backbone.name if stages else "",
+            "stages": stages,
+            "precision": self.device.precision if stages else "",
+            "device": self.device.device.type if stages else "",
+        }
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        count = len(pixels)
+        full = torch.cat([pixels, pixels[-1:].expand(self.batch - count, -1, -1, -1)])
+        x = normalise(full.to(self.device.device), self.preprocessing)
+        x = x.to(self.device.dtype, memory_format=torch.channels_last)  # a quarter faster on the CPU
+        return run_path(self.path, x)[:count].contiguous().cpu()
 
 
 @dataclass(frozen=True)
 class Images:
-    """Image files and the views that are taken of each. View 0 is the image as it is served."""
+    """Images and the views that are taken of each. View 0 is the image as it is served.
 
-    paths: Sequence[Path]
-    views: int
-    preprocessing: Preprocessing
-    seed: int
-    max_pixels: int
-
-    def read(self, index: int) -> Tensor:
-        """All views of an image: `[views, 3, crop, crop]` uint8. Raises `BackbonedError` or `OSError`."""
-        path = self.paths[index]
-        data = path.read_bytes()
-        served = read(data, self.preprocessing, max_pixels=self.max_pixels)
-        if self.views == 1:
-            return served[None]
-        image = decode(data, max_pixels=self.max_pixels)
-        others = (augment(image, self.preprocessing, self._seed(path, view)) for view in range(1, self.views))
-        return torch.stack([served, *others])
-
-    def _seed(self, path: Path, view: int) -> int:
-        name = f"{self.seed}\0{view}\0{path.parent.name}/{path.name}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-
-class MappedFeatures:
-    """`Features` in a memory-mapped file: the activations, or if these are too large the pixels, to be run each time.
-
-    Each worker thread decodes a few images and runs them with one thread of torch: on two cores that is twice as fast
-    as one pass over both, and a busy neighbour doesn't stall it.
+    `load(index)` gives the bytes of one of the `count` images, from any thread.
     """
 
-    def __init__(self, images: Images, frozen: Frozen, file: Path, *, budget_bytes: int, workers: int) -> None:
-        """Reserve the file. Raises `OSError` if there is no room for it.
+    load: Callable[[int], bytes]
+    count: int
+    views: int
+    preprocessing: Preprocessing
+    max_pixels: int
 
-        Activations are kept if they take `budget_bytes` at most.
+    def pixels(self, data: bytes, views: Sequence[int]) -> Tensor:
+        """Some views of an image file: `[views, 3, crop, crop]` uint8. Raises `BackbonedError`.
+
+        A view is a pure function of the bytes, its number and the preprocessing.
         """
+        digest = hashlib.sha256(data).digest()
+        image = decode(data, max_pixels=self.max_pixels) if any(views) else None
+        taken = []
+        for view in views:
+            if view == 0 or image is None:
+                taken.append(read(data, self.preprocessing, max_pixels=self.max_pixels))
+            else:
+                seed = hashlib.sha256(digest + view.to_bytes(4, "big")).digest()[:7]
+                taken.append(augment(image, self.preprocessing, int.from_bytes(seed, "big")))
+        return torch.stack(taken)
+
+
+@dataclass
+class Prepared:
+    """What became of a pass over all images: why some can't be read, by index, and how many rows came whence."""
+
+    unreadable: dict[int, str] = field(default_factory=dict)
+    cached: int = 0
+    computed: int = 0
+
+
+class Features:
+    """The activations at the freezing boundary for images, in one or more views each. For one thread.
+
+    Worker threads decode and run a few images each, with one thread of torch: on two cores that is twice as fast as one
+    pass over both, and a busy neighbour doesn't stall it. What the cache can't hold is computed whenever it is read.
+    """
+
+    def __init__(self, images: Images, frozen: Frozen, cache: FeatureCache, *, workers: int) -> None:
         self._images = images
         self._frozen = frozen
         self._workers = workers
-        pixels = torch.zeros(1, *frozen.preprocessing.input_shape, dtype=torch.uint8)
-        activations = frozen(pixels).cpu()
-        rows = len(images.paths) * images.views
-        self.keeps_activations = bool(frozen.path) and rows * activations.nbytes <= budget_bytes
-        row = activations if self.keeps_activations else pixels
-        with file.open("wb") as opened:
-            os.posix_fallocate(opened.fileno(), 0, max(rows * row.nbytes, 1))  # a map without room behind it kills
-        mapped = torch.from_file(str(file), shared=True, size=rows * row.numel(), dtype=row.dtype)
-        self._rows = mapped.view(rows, *row.shape[1:])
+        self._cache = cache
+        self._space = cache.space(frozen.describe())
+        self._digests: list[bytes | None] = [None] * images.count
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def prepare(self, done: Callable[[int], None]) -> dict[int, str]:
-        """Read all images once, in parallel. See `Features.prepare`."""
-        reasons: dict[int, str] = {}
-        with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(self._fill, chunk) for chunk in self._chunks()]
-            try:
-                for future in as_completed(futures):
-                    rows, failed = future.result()
-                    reasons |= failed
-                    done(rows)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return reasons
+    @property
+    def cached(self) -> bool:
+        """Whether all rows lie in the cache, so that reading them costs next to nothing."""
+        readable = sum(digest is not None for digest in self._digests)
+        return len(self._places) == readable * self._images.views
+
+    def prepare(self, progress: Callable[[Prepared], None]) -> Prepared:
+        """Read all images once; find their rows in the cache, and compute and keep what is missing.
+
+        `progress` is called in this thread after every few rows; what it raises ends the work, and what was computed
+        stays. Raises `OSError` for a full disk.
+        """
+        done = Prepared()
+        self._read_digests(done, progress)
+        wanted = [(i, v) for i, digest in enumerate(self._digests) if digest for v in range(self._images.views)]
+        found = self._space.find({self._key(*row) for row in wanted})
+        for row in wanted:
+            if (place := found.get(self._key(*row))) is not None:
+                self._places[row] = place
+        done.cached = len(self._places)
+        progress(done)
+        missing = [row for row in wanted if row not in self._places]
+        if missing and self._cache.holds(len(wanted) * self._row_bytes()):
+            self._compute(missing, done, progress)
+        elif missing:
+            self._check(done, progress)
+        for index in done.unreadable:
+            self._digests[index] = None
+        return done
 
     def batch(self, images: Tensor, views: Tensor) -> Tensor:
-        """Rows of the file, on the device. See `Features.batch`."""
-        rows = self._rows[views * len(self._images.paths) + images]
-        if self.keeps_activations:
-            return rows.to(self._frozen.device.device)
-        return self._frozen(rows).clone()  # a clone is no inference tensor
+        """`[n]` indices of images and of their views → `[n, …]` float32 on the device, ready for autograd."""
+        rows = list(zip(images.tolist(), views.tolist(), strict=True))
+        if all(row in self._places for row in rows):
+            return self._frozen.inputs(self._space.rows([self._places[row] for row in rows]))
+        return self._frozen.inputs(torch.cat([part for _, part in self._in_parallel(rows, {})]))
 
-    def _chunks(self) -> Iterator[range]:
-        count = len(self._images.paths)
-        size = max(1, _ROWS_AT_ONCE[self._frozen.device.device.type] // self._images.views)
-        return (range(start, min(start + size, count)) for start in range(0, count, size))
-
-    def _fill(self, chunk: range) -> tuple[int, dict[int, str]]:
-        reasons: dict[int, str] = {}
-        pixels: list[Tensor] = []
-        rows: list[int] = []
-        for index in chunk:
+    def _read_digests(self, done: Prepared, progress: Callable[[Prepared], None]) -> None:
+        def digest(index: int) -> bytes | str:
             try:
-                pixels.append(self._images.read(index))
-                rows += range(index, len(self._rows), len(self._images.paths))
-            except BackbonedError as error:
-                reasons[index] = error.message
-            except OSError as error:
-                reasons[index] = f"can't be read: {error.strerror}"
-        if pixels:
-            content = torch.cat(pixels)
-            self._rows[torch.tensor(rows)] = self._frozen(content).cpu() if self.keeps_activations else content
-        return len(chunk) * self._images.views, reasons
+                return hashlib.sha256(self._images.load(index)).digest()
+            except (BackbonedError, OSError) as error:
+                return _reason(error)
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            for index, found in enumerate(_in_order(pool, digest, range(self._images.count), 8 * self._workers)):
+                if isinstance(found, str):
+                    done.unreadable[index] = found
+                else:
+                    self._digests[index] = found
+                if index % 256 == 0:
+                    progress(done)
+
+    def _check(self, done: Prepared, progress: Callable[[Prepared], None]) -> None:
+        """See which images can't be decoded, where nothing is computed ahead."""
+
+        def problem(index: int) -> str:
+            try:
+                self._images.pixels(self._images.load(index), (0,))
+            except (BackbonedError, OSError) as error:
+                return _reason(error)
+            return ""
+
+        readable = [index for index, digest in enumerate(self._digests) if digest]
+        with ThreadPoolExecutor(self._workers) as pool:
+            for index, reason in zip(readable, _in_order(pool, problem, readable, 8 * self._workers), strict=True):
+                if reason:
+                    done.unreadable[index] = reason
+                progress(done)
+
+    def _compute(self, missing: list[tuple[int, int]], done: Prepared, progress: Callable[[Prepared], None]) -> None:
+        keeper = _Keeper(self._space, self._places, self._key)
+        try:
+            for rows, values in self._in_parallel(missing, done.unreadable):
+                keeper.take(rows, values)
+                done.computed += len(rows)
+                progress(done)
+        finally:
+            keeper.flush()
+
+    def _in_parallel(
+        self, rows: Sequence[tuple[int, int]], unreadable: dict[int, str]
+    ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+        """Compute rows in their order, a batch at a time; those of unreadable images are left out, and told."""
+
+        def compute(chunk: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], Tensor | None, dict[int, str]]:
+            by_image: dict[int, list[int]] = {}
+            for index, view in chunk:
+                by_image.setdefault(index, []).append(view)
+            kept: list[tuple[int, int]] = []
+            pixels: list[Tensor] = []
+            reasons: dict[int, str] = {}
+            for index, views in by_image.items():
+                try:
+                    pixels.append(self._images.pixels(self._images.load(index), views))
+                    kept += [(index, view) for view in views]
+                except (BackbonedError, OSError) as error:
+                    reasons[index] = _reason(error)
+            return kept, self._frozen.rows(torch.cat(pixels)) if pixels else None, reasons
+
+        size = self._frozen.batch
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for kept, values, reasons in _in_order(pool, compute, chunks, 2 * self._workers):
+                unreadable.update(reasons)
+                if values is not None:
+                    yield kept, values
+
+    def _key(self, index: int, view: int) -> RowKey:
+        digest = self._digests[index]
+        assert digest is not None  # only readable images have rows
+        return RowKey(digest, view)
+
+    def _row_bytes(self) -> int:
+        pixels = torch.zeros(1, *self._frozen.preprocessing.input_shape, dtype=torch.uint8)
+        return self._frozen.rows(pixels).nbytes
+
+
+class _Keeper:
+    """Puts computed rows into the cache, a segment every few seconds, and notes where they are."""
+
+    def __init__(
+        self, space: CacheSpace, places: dict[tuple[int, int], tuple[int, int]], key: Callable[[int, int], RowKey]
+    ) -> None:
+        self._space = space
+        self._places = places
+        self._key = key
+        self._rows: list[tuple[int, int]] = []
+        self._values: list[Tensor] = []
+        self._size_bytes = 0
+        self._since = time.monotonic()
+
+    def take(self, rows: Sequence[tuple[int, int]], values: Tensor) -> None:
+        """Rows and what they are, `[n, …]`."""
+        self._rows += rows
+        self._values.append(values)
+        self._size_bytes += values.nbytes
+        if self._size_bytes >= _SEGMENT_BYTES or time.monotonic() - self._since >= _SEGMENT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what was taken on disk. Raises `OSError`."""
+        if self._rows:
+            segment = self._space.add([self._key(*row) for row in self._rows], torch.cat(self._values))
+            self._places.update((row, (segment, n)) for n, row in enumerate(self._rows))
+        self._rows, self._values, self._size_bytes, self._since = [], [], 0, time.monotonic()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+    """`function` of each item, in their order, with `ahead` of them under way at most."""
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, BackbonedError):
+        return error.message
+    return f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)

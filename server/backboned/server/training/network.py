@@ -11,6 +11,9 @@ from backboned.registry.weights import StageWeights
 from backboned.server.compute.stages import Templates
 
 
+_MOST_WEIGHTS = 2**25
+
+
 @dataclass(frozen=True)
 class _Part:
     stage: Stage
@@ -43,9 +46,18 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Activations at the boundary `[n, …]` → float32 logits `[n, outputs]`."""
-        for part in self._parts:
+        return self.logits(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Activations at the boundary `[n, …]` → float32 features that the head reads, `[n, feature_size, …]`."""
+        for part in self._parts[:-1]:
             x = part.stage.forward(part.module, x)
         return x.float()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the head reads `[n, feature_size, …]` → float32 logits `[n, outputs]`."""
+        head = self._parts[-1]
+        return head.stage.forward(head.module, features).float()
 
     def train(self, mode: bool = True) -> None:
         """Put what trains into training or eval mode, and the rest into eval mode."""
@@ -53,20 +65,47 @@ class Network:
             part.module.train(mode and part.trains)
 
     @property
-    def head(self) -> list[nn.Parameter]:
-        """What the optimizer changes in the head."""
-        return [p for p in self._parts[-1].module.parameters() if p.requires_grad]
+    def trainable_stages(self) -> tuple[str, ...]:
+        """Names of the stages that train besides the head."""
+        return tuple(part.stage.name for part in self._parts[:-1] if part.trains)
 
     @property
-    def body(self) -> list[nn.Parameter]:
-        """What the optimizer changes below the head."""
-        return [p for part in self._parts[:-1] for p in part.module.parameters() if p.requires_grad]
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer changes."""
+        return [parameter for stage in self.by_stage() for parameter in stage]
+
+    def by_stage(self) -> list[list[nn.Parameter]]:
+        """What the optimizer changes in each stage that trains, the head first and the deepest stage last."""
+        return [
+            [p for p in part.module.parameters() if p.requires_grad] for part in reversed(self._parts) if part.trains
+        ]
+
+    def trained(self) -> dict[str, Tensor]:
+        """All tensors of the stages that train, by key, as they are: written to, they change the network."""
+        return {k: t for part in self._parts if part.trains for k, t in part.module.state_dict().items()}
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Names of the stages that train, with their tensors as they are now."""
         for part in self._parts:
             if part.trains:
                 yield part.stage.name, part.module.state_dict()
+
+
+def last_stages(backbone: Backbone, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The stages to unfreeze first: from the end down, until they have half of the backbone's weights.
+
+    `sizes` are the numbers of weights of the stages below the head. Stops before a stage that would bring more than 32
+    million weights to train, as VGG's first linear layer.
+    """
+    chosen: list[str] = []
+    total, taken = sum(sizes[name] for name in backbone.stage_names), 0
+    for name in reversed(backbone.stage_names):
+        if 2 * taken >= total or (chosen and taken + sizes[name] > _MOST_WEIGHTS):
+            break
+        if sizes[name]:
+            chosen.append(name)
+            taken += sizes[name]
+    return tuple(reversed(chosen))
 
 
 def boundary(backbone: Backbone, trainable: Sequence[str]) -> int:

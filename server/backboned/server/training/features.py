@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import augment, normalise, read
 from backboned.server.compute.stages import LoadedStage, run_path
+from backboned.server.training.datasets import Dataset, Sample
 
 _ROWS_AT_ONCE = {"cpu": 16, "cuda": 64}
 
@@ -57,7 +58,8 @@ class Frozen:
 class Images:
     """Image files and the views that are taken of each. View 0 is the image as it is served."""
 
-    paths: Sequence[Path]
+    dataset: Dataset
+    samples: Sequence[Sample]
     views: int
     preprocessing: Preprocessing
     seed: int
@@ -65,8 +67,8 @@ class Images:
 
     def read(self, index: int) -> Tensor:
         """All views of an image: `[views, 3, crop, crop]` uint8. Raises `BackbonedError` or `OSError`."""
-        path = self.paths[index]
-        data = path.read_bytes()
+        path = PurePosixPath(self.samples[index].path)
+        data = self.dataset.read(self.samples[index])
         served = read(data, self.preprocessing, max_pixels=self.max_pixels)
         if self.views == 1:
             return served[None]
@@ -74,7 +76,7 @@ class Images:
         others = (augment(image, self.preprocessing, self._seed(path, view)) for view in range(1, self.views))
         return torch.stack([served, *others])
 
-    def _seed(self, path: Path, view: int) -> int:
+    def _seed(self, path: PurePosixPath, view: int) -> int:
         name = f"{self.seed}\0{view}\0{path.parent.name}/{path.name}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
@@ -96,7 +98,7 @@ class MappedFeatures:
         self._workers = workers
         pixels = torch.zeros(1, *frozen.preprocessing.input_shape, dtype=torch.uint8)
         activations = frozen(pixels).cpu()
-        rows = len(images.paths) * images.views
+        rows = len(images.samples) * images.views
         self.keeps_activations = bool(frozen.path) and rows * activations.nbytes <= budget_bytes
         row = activations if self.keeps_activations else pixels
         with file.open("wb") as opened:
@@ -121,13 +123,13 @@ class MappedFeatures:
 
     def batch(self, images: Tensor, views: Tensor) -> Tensor:
         """Rows of the file, on the device. See `Features.batch`."""
-        rows = self._rows[views * len(self._images.paths) + images]
+        rows = self._rows[views * len(self._images.samples) + images]
         if self.keeps_activations:
             return rows.to(self._frozen.device.device)
         return self._frozen(rows).clone()  # a clone is no inference tensor
 
     def _chunks(self) -> Iterator[range]:
-        count = len(self._images.paths)
+        count = len(self._images.samples)
         size = max(1, _ROWS_AT_ONCE[self._frozen.device.device.type] // self._images.views)
         return (range(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -138,7 +140,7 @@ class MappedFeatures:
         for index in chunk:
             try:
                 pixels.append(self._images.read(index))
-                rows += range(index, len(self._rows), len(self._images.paths))
+                rows += range(index, len(self._rows), len(self._images.samples))
             except BackbonedError as error:
                 reasons[index] = error.message
             except OSError as error:

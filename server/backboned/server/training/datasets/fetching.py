@@ -60,12 +60,11 @@ class Fetcher:
             raise _too_large(path, size)
 
         def write(target: Path) -> None:
+            watched = _watched(path, self._check, room)
             try:
-                self._file_system.get_file(path, str(target), callback=_watched(path, self._check, room))
-            except (BackbonedError, KeyboardInterrupt, InterruptedError):
-                raise
+                self._file_system.get_file(path, str(target), callback=watched)
             except Exception as error:
-                raise _failed(path, error) from error
+                raise watched.stopped or _failed(path, error) from error
             if size is not None and (came := target.stat().st_size) != size:
                 raise _failed(path, EOFError(f"{came} of {size} bytes came"))
 
@@ -137,11 +136,17 @@ def _watched(path: str, check: Callable[[], None], room: int) -> Any:
     import fsspec
 
     class Watched(fsspec.callbacks.Callback):  # type: ignore[misc]  # fsspec has no types
+        stopped: Exception | None = None
+
         def relative_update(self, inc: int = 1) -> None:
             self.value += inc
-            check()
-            if self.value > room:
-                raise _too_large(path, self.value)
+            try:
+                check()
+                if self.value > room:
+                    raise _too_large(path, self.value)
+            except Exception as error:
+                self.stopped = error
+                raise
 
     return Watched()
 

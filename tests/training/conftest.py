@@ -77,7 +77,7 @@ def make_spec(tmp_path: Path, weights_file: Path) -> MakeSpec:
             model=model,
             version=version,
             backbone="digits",
-            dataset=dataset,
+            dataset=str(dataset),
             data_roots=(dataset.parent,),
             options=TrainingOptions(**options),  # type: ignore[arg-type]  # as the test gives them
             checkpoint_dir=tmp_path / "checkpoints",

@@ -10,7 +10,9 @@ from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import prepare
 from backboned.server.compute.stages import StageStore
+from backboned.server.training.datasets import Access, Sample, read_dataset
 from backboned.server.training.features import Frozen, Images, MappedFeatures
+from backboned.server.training.options import TrainingOptions
 
 Open = Callable[..., MappedFeatures]
 
@@ -31,7 +33,10 @@ def paths(tmp_path: Path, paint: Callable[[Path, dict[str, int]], Path]) -> list
 @pytest.fixture
 def open_features(tmp_path: Path, frozen: Frozen) -> Open:
     def make(paths: list[Path], *, views: int = 1, budget_bytes: int = 2**20, workers: int = 2) -> MappedFeatures:
-        images = Images(paths, views, frozen.preprocessing, seed=0, max_pixels=10**6)
+        root = paths[0].parents[1]
+        dataset = read_dataset(root, TrainingOptions(), Access([root]))
+        samples = [Sample(path.relative_to(root).as_posix(), (0,)) for path in paths]
+        images = Images(dataset, samples, views, frozen.preprocessing, seed=0, max_pixels=10**6)
         return MappedFeatures(images, frozen, tmp_path / "features", budget_bytes=budget_bytes, workers=workers)
 
     return make

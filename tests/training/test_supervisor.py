@@ -203,7 +203,7 @@ async def test_a_job_that_a_killed_daemon_left_running_is_ended_at_the_next_star
 ) -> None:
     store = JobStore(engine)
     version = daemon.directory.reserve("colours")
-    store.add("left", JobRequest("colours", "digits", "colours", TrainingOptions()), daemon.root / "data", version)
+    store.add("left", JobRequest("colours", "digits", "colours", TrainingOptions()), str(daemon.root / "data"), version)
     store.append("left", StateChanged(JobState.RUNNING))
     async with daemon.run() as supervisor:
         job = await supervisor.get("left")

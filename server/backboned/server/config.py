@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 ENV_PREFIX = "BACKBONED_"
 FILE_NAME = "backboned.toml"
+REMOTE_SCHEMES = ("s3", "gs", "http", "https")
 NOT_SETTINGS = frozenset({"BACKBONED_SERVER", "BACKBONED_CONFIG"})
 """Variables that commands read and that are no settings of the daemon."""
 
@@ -50,6 +51,10 @@ class Config(BaseSettings):
     data_root: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
         description="Folder that FineTune may read datasets below; repeatable. Without any, it may read none.",
+    )
+    remote_data: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="What FineTune may fetch: s3, gs, http, https, or the beginning of such a URI; repeatable.",
     )
     weights: Annotated[Mapping[str, Path], NoDecode] = Field(
         default={}, description="A backbone's pretrained weights, as BACKBONE=FILE; repeatable."
@@ -126,7 +131,7 @@ class Config(BaseSettings):
     def _split_paths(cls, value: object) -> object:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
 
-    @field_validator("plugin", mode="before")
+    @field_validator("plugin", "remote_data", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
@@ -160,6 +165,15 @@ class Config(BaseSettings):
         if missing := [path for path in folders if not path.is_dir()]:
             raise ValueError(f"no such folder: {missing[0]}")
         return folders
+
+    @field_validator("remote_data")
+    @classmethod
+    def _remote(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            scheme, separator, rest = entry.partition("://")
+            if scheme not in REMOTE_SCHEMES or (separator and (not rest.strip("/") or "@" in rest or "?" in rest)):
+                raise ValueError(f"expected {', '.join(REMOTE_SCHEMES)}, or a URI such as s3://bucket/, got {entry!r}")
+        return value
 
     @field_validator("weights")
     @classmethod

@@ -231,6 +231,8 @@ def _training_settings(config: Config) -> TrainingSettings:
     return TrainingSettings(
         work_dir=config.state_dir.absolute() / "work",
         data_roots=tuple(root.absolute() for root in config.data_root),
+        remote_data=config.remote_data,
+        fetched_dir=config.state_dir.absolute() / "fetched",
         weight_files={name: file.absolute() for name, file in config.weights.items()},
         plugin_modules=config.plugin,
         device=config.device,

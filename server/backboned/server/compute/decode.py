@@ -125,6 +125,21 @@ def decode_picture(data: bytes, *, max_pixels: int, short_side: int | None = Non
     return Picture(picture.transpose(turn), width, height, reduced)
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the picture in an image file's bytes, in pixels as stored, as its header tells.
+
+    Raises `BackbonedError` `INVALID_ARGUMENT` for what has no such header.
+    """
+    file_format = next((f for f in _FORMATS if f.signature.match(data)), None)
+    try:
+        if file_format is None:
+            raise ValueError(f"it begins with {data[:16]!r}")
+        width, height = file_format.open(BytesIO(data)).size
+    except Exception as error:  # decoders raise whatever they like on foreign bytes
+        raise invalid(f"not an image that can be read: {error}") from error
+    return width, height
+
+
 def from_pixels(data: bytes, shape: Sequence[int], *, max_pixels: int) -> Tensor:
     """Raw uint8 RGB pixels, row by row, of `shape` `[height, width, 3]`, as `[3, height, width]` uint8.
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from backboned.registry.errors import BackbonedError, ErrorKind
-from backboned.server.training.datasets import Dataset
+from backboned.server.training.datasets import Dataset, Sample
 from backboned.server.training.events import FeatureProgress, SkippedFile
 from backboned.server.training.features import Features, Frozen, Images, MappedFeatures
 from backboned.server.training.loop import Split
 from backboned.server.training.options import TrainingOptions
-from backboned.server.training.samples import Sample
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 
@@ -57,7 +56,7 @@ class FeaturePass:
         self, dataset: Dataset, samples: Sequence[Sample], views: int, name: str, progress: "_Progress"
     ) -> tuple[Split, list[SkippedFile]]:
         features: Features = MappedFeatures(
-            Images(dataset.paths(samples), views, self._frozen.preprocessing, self._options.seed, self._max_pixels),
+            Images(dataset, samples, views, self._frozen.preprocessing, self._options.seed, self._max_pixels),
             self._frozen,
             self._folder / name,
             budget_bytes=min(self._budget_bytes, shutil.disk_usage(self._folder).free // 2),

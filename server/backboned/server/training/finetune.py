@@ -15,7 +15,7 @@ from backboned.registry.version import VersionReader, VersionWriter, library_ver
 from backboned.registry.weights import StageWeights, WeightStore
 from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
-from backboned.server.training.datasets import Dataset, read_dataset
+from backboned.server.training.datasets import Access, Dataset, Store, read_dataset
 from backboned.server.training.events import CheckpointWritten, EpochDone, JobEventPayload, LogLine
 from backboned.server.training.feature_pass import FeaturePass, check_whole, without
 from backboned.server.training.features import Frozen
@@ -38,7 +38,8 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Callable[[], None]) -> None:
     catalogue = Catalogue.installed(spec.plugin_modules)
     backbone = catalogue.get(spec.backbone)
     options = spec.options.validated(backbone)
-    dataset = read_dataset(spec.dataset, options, spec.data_roots)
+    store = Store(spec.fetched_dir or spec.work_dir / "fetched")
+    dataset = read_dataset(spec.dataset, options, Access(spec.data_roots, spec.remote_data, store, check))
     emit(dataset.report())
     start = _starting_point(spec, catalogue, backbone, options, dataset.classes)
     if start.head_rows:
@@ -155,10 +156,11 @@ class _Record:
 
 def _description(dataset: Dataset) -> dict[str, Any]:
     return {
-        "folder": str(dataset.root),
+        "folder": dataset.location,
         "fingerprint": dataset.fingerprint,
         "train_images": len(dataset.train),
         "validation_images": len(dataset.validation),
+        "test_images": len(dataset.test),
     }
 
 

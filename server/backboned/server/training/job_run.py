@@ -118,4 +118,6 @@ class JobRun:
             threads=settings.threads,
             max_image_pixels=settings.max_image_pixels,
             feature_budget_bytes=settings.feature_budget_bytes,
+            remote_data=settings.remote_data,
+            fetched_dir=settings.fetched_dir,
         )

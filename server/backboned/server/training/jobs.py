@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import JSON, Engine, ForeignKey, Text, func, select
@@ -29,11 +28,14 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Job:
-    """A job. `folder` is the dataset's real path; times are in seconds since 1970, None for what hasn't happened."""
+    """A job. `folder` is the dataset's real path, or its URI.
+
+    Times are in seconds since 1970, None for what hasn't happened.
+    """
 
     id: str
     request: JobRequest
-    folder: Path
+    folder: str
     version: int
     state: JobState
     error: str
@@ -97,7 +99,7 @@ class JobStore:
         self._writing = threading.Lock()
         _Base.metadata.create_all(engine)
 
-    def add(self, job_id: str, request: JobRequest, folder: Path, version: int) -> Job:
+    def add(self, job_id: str, request: JobRequest, folder: str, version: int) -> Job:
         """A new queued job, with its first event. Raises `ALREADY_EXISTS` if its `request_id` is taken."""
         row = _JobRow(
             id=job_id,
@@ -106,7 +108,7 @@ class JobStore:
             backbone=request.backbone,
             dataset=request.dataset,
             options=request.options.to_dict(),
-            folder=str(folder),
+            folder=folder,
             version=version,
             state=JobState.QUEUED.value,
             create_time=time.time(),
@@ -199,7 +201,7 @@ def _job(row: _JobRow) -> Job:
     return Job(
         id=row.id,
         request=JobRequest(row.model, row.backbone, row.dataset, options, row.request_id or ""),
-        folder=Path(row.folder),
+        folder=row.folder,
         version=row.version,
         state=JobState(row.state),
         error=row.error,

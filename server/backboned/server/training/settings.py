@@ -13,7 +13,8 @@ class TrainingSettings:
     """Settings of all jobs. `work_dir` takes large temporary files, a folder a job, deleted when it ends.
 
     `threads` compute in a trainer. Activations are kept on disk while they take `feature_budget_bytes` at most;
-    beyond that they are computed in each epoch.
+    beyond that they are computed in each epoch. `remote_data` are schemes, and beginnings of URIs, from which data may
+    be fetched; `fetched_dir` keeps that, and archives that had to be unpacked.
     """
 
     work_dir: Path
@@ -25,6 +26,8 @@ class TrainingSettings:
     max_queued_jobs: int = 100
     max_image_pixels: int = 100_000_000
     feature_budget_bytes: int = 16 * 2**30
+    remote_data: tuple[str, ...] = ()
+    fetched_dir: Path | None = None
 
 
 class TrainingTelemetry(Protocol):

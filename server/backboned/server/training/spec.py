@@ -12,6 +12,9 @@ from backboned.server.training.options import TrainingOptions
 class TrainerSpec:
     """A job, and all that is needed to run it. Paths are absolute; `options` are as asked for.
 
+    `dataset` is a path below one of the `data_roots`, or a URI that `remote_data` allows; what is fetched or unpacked
+    goes to `fetched_dir`, or without one to the work folder.
+
     `work_dir` is the job's own, empty and deleted afterwards. Activations are kept there while they take
     `feature_budget_bytes` at most. `threads` is how many compute.
     """
@@ -19,7 +22,7 @@ class TrainerSpec:
     model: str
     version: int
     backbone: str
-    dataset: Path
+    dataset: str
     data_roots: tuple[Path, ...]
     options: TrainingOptions
     checkpoint_dir: Path
@@ -30,6 +33,8 @@ class TrainerSpec:
     threads: int
     max_image_pixels: int
     feature_budget_bytes: int
+    remote_data: tuple[str, ...] = ()
+    fetched_dir: Path | None = None
 
     def to_json(self) -> str:
         """One line."""
@@ -39,10 +44,12 @@ class TrainerSpec:
     def from_json(cls, text: str) -> "TrainerSpec":
         """The inverse of `to_json`."""
         values = json.loads(text)
-        for name in ("dataset", "checkpoint_dir", "work_dir"):
+        for name in ("checkpoint_dir", "work_dir"):
             values[name] = Path(values[name])
         values["options"] = TrainingOptions.from_dict(values["options"])
         values["data_roots"] = tuple(map(Path, values["data_roots"]))
         values["weight_files"] = {name: Path(file) for name, file in values["weight_files"].items()}
         values["plugin_modules"] = tuple(values["plugin_modules"])
+        values["remote_data"] = tuple(values["remote_data"])
+        values["fetched_dir"] = Path(values["fetched_dir"]) if values["fetched_dir"] else None
         return cls(**values)

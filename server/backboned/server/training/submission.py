@@ -1,14 +1,11 @@
 """Whether a job can be done at all: what is found out in the call that asks for it."""
 
-from pathlib import Path
-
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import invalid
 from backboned.registry.manifest import check_name
 from backboned.registry.weights import WeightStore
-from backboned.server.training.data_roots import resolve_dataset
-from backboned.server.training.datasets import read_dataset
+from backboned.server.training.datasets import Access, check_dataset, resolve_dataset
 from backboned.server.training.jobs import JobRequest
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.starting_point import warm_start
@@ -27,8 +24,8 @@ class Submission:
         self._weights = weights
         self._settings = settings
 
-    def check(self, request: JobRequest) -> Path:
-        """The real path of the dataset's folder, if the job can start. Raises `BackbonedError` saying what to do."""
+    def check(self, request: JobRequest) -> str:
+        """The real path of the dataset, or its URI, if the job can start. Raises `BackbonedError` saying what to do."""
         check_name(request.model)
         if len(request.request_id) > MAX_REQUEST_ID:
             raise invalid(
@@ -40,7 +37,7 @@ class Submission:
         self._weights.check(backbone.name)
         if options.warm_start_version is not None:
             warm_start(self._directory, request.model, options.warm_start_version, backbone)
-        roots = self._settings.data_roots
-        folder = resolve_dataset(request.dataset, roots)
-        read_dataset(folder, options, roots)
-        return folder
+        access = Access(self._settings.data_roots, self._settings.remote_data)
+        location = resolve_dataset(request.dataset, access.roots, access.remote)
+        check_dataset(location, options, access)
+        return location

@@ -183,7 +183,7 @@ class JobSupervisor:
         await self._journal.publish(job.id, final)
         _logger.info("job %s %s %s", job.id, final.state.value, final.error)
 
-    def _add(self, request: JobRequest, folder: Path) -> Job:
+    def _add(self, request: JobRequest, folder: str) -> Job:
         limit = self._settings.max_queued_jobs
         if len(self._store.jobs(states=(JobState.QUEUED,))) >= limit:
             raise BackbonedError(

@@ -6,7 +6,7 @@ import pytest
 
 from backboned.registry import BackbonedError, ErrorKind
 from backboned.registry.task import Task
-from backboned.server.training.datasets import Dataset, read_dataset
+from backboned.server.training.datasets import Access, Dataset, read_dataset
 from backboned.server.training.options import TrainingOptions
 
 Fill = Callable[[dict[str, int]], Path]
@@ -27,7 +27,7 @@ def fill(tmp_path: Path) -> Fill:
 
 
 def read(folder: Path, **options: object) -> Dataset:
-    return read_dataset(folder, TrainingOptions(**options), [folder.parent])  # type: ignore[arg-type]
+    return read_dataset(folder, TrainingOptions(**options), Access([folder.parent]))  # type: ignore[arg-type]
 
 
 def refusal(folder: Path, **options: object) -> str:
@@ -63,7 +63,7 @@ def test_a_new_image_moves_few_others(fill: Fill) -> None:
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_given_validation_folder_is_used_as_it_is(fill: Fill, name: str) -> None:
-    folder = fill({"train/a": 3, "train/b": 1, f"{name}/a": 2, f"{name}/b": 1, "test/a": 5})
+    folder = fill({"train/a": 3, "train/b": 1, f"{name}/a": 2, f"{name}/b": 1, "more/a": 5})
     dataset = read(folder)
     assert [s.path for s in dataset.train] == [
         "train/a/000.jpg",
@@ -72,7 +72,9 @@ def test_a_given_validation_folder_is_used_as_it_is(fill: Fill, name: str) -> No
         "train/b/000.jpg",
     ]
     assert [s.labels for s in dataset.validation] == [(0,), (0,), (1,)]
-    assert [(s.path, s.reason) for s in dataset.skipped] == [("test", "neither train/ nor val/")]
+    assert [(s.path, s.reason) for s in dataset.skipped] == [
+        ("more", "neither train/ nor val/ nor test/ with class folders")
+    ]
 
 
 def test_a_train_folder_alone_is_split(fill: Fill) -> None:
@@ -219,7 +221,7 @@ def test_labels_without_a_split_are_split_by_their_rarest_label(fill: Fill) -> N
         ("file,labels\n,a\n", "line 2: no file is named"),
         ("file,labels\nimages/000.jpg,a\nimages/000.jpg,b\n", "line 3: 'images/000.jpg' stands in line 2 already"),
         ("file,labels\nimages/000.jpg,a,b\n", "line 2: too many cells"),
-        ("file,labels,split\nimages/000.jpg,a,test\n", "line 2: split is 'test', expected train or val"),
+        ("file,labels,split\nimages/000.jpg,a,dev\n", "line 2: split is 'dev', expected train, val or test"),
         ("file,labels,split\nimages/000.jpg,a,train\n", "no validation images"),
         ("file,labels,split\nimages/000.jpg,a,train\nimages/001.jpg,b,val\n", "no training image has the label 'b'"),
         ('file,labels\n"images', "is no CSV in UTF-8"),

@@ -157,9 +157,7 @@ class LogLine:
     text: str
 
 
-JobEventPayload = (
-    DatasetReport | FeatureProgress | EpochDone | CheckpointWritten | Evaluation | StateChanged | LogLine
-)
+JobEventPayload = DatasetReport | FeatureProgress | EpochDone | CheckpointWritten | Evaluation | StateChanged | LogLine
 
 _KINDS: Mapping[str, type[JobEventPayload]] = {
     "dataset_report": DatasetReport,

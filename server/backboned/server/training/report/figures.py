@@ -67,8 +67,8 @@ def trust(contents: Contents) -> str:
     kept = is_right[~doubted]
     certainty = "the certainty about its least certain label" if task is Task.MULTI_LABEL else "its highest probability"
     marked = (
-        f"Of the {part} images {percent(_mean(doubted))} are so marked: {percent(_mean(doubted[~is_right]))} of the wrong "
-        f"answers, {percent(_mean(doubted[is_right]))} of the right ones."
+        f"Of the {part} images {percent(_mean(doubted))} are so marked: {percent(_mean(doubted[~is_right]))} of the "
+        f"wrong answers, {percent(_mean(doubted[is_right]))} of the right ones."
     )
     left = f" Of the answers that are left, {percent(_mean(kept))} are right." if len(kept) else ""
     words = [
@@ -98,7 +98,7 @@ def class_table(contents: Contents) -> str:
         "Class by class",
         table(["class", ">images", "precision", "recall"], rows, caption=f"Of the {part} images.", kind="wide"),
         f"<p>The other {left} classes are in evaluation.json.</p>" if left > 0 else "",
-        note="Precision: of those said to be of the class, how many are. Recall: of those that are, how many are found.",
+        note="Precision: of those said to be of it, how many are. Recall: of those that are, how many were said to be.",
     )
 
 

@@ -20,6 +20,7 @@ Of n images the quantile is uncertain by itself, so 1/n is added to the margin.
 """
 
 _ROWS = 4096
+_LEAST = 1e-6  # or float16 could not hold centres in such deviations
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Familiarity:
             distances = torch.cdist(unit, centres).masked_fill(members[rows] == 0, torch.inf)
             squares += (unit - centres[distances.argmin(dim=1)]).double().square().sum(dim=0)
         variance = squares / len(features)
-        spread = variance.mean().clamp(min=1e-12)
+        spread = variance.mean().clamp(min=_LEAST)
         scale = (variance + SHRINKAGE * spread).rsqrt().float()
         return cls((centres * scale).half(), scale)
 

@@ -1,4 +1,4 @@
-"""What is asked of which models: Predict requests that have no images yet."""
+"""What is asked of which models: requests, those of Predict without images yet."""
 
 import re
 from collections.abc import Iterable
@@ -22,10 +22,12 @@ class Asked(TypedDict):
 
 def to_one(model: str, version: int | None, alias: str | None, **asked: Unpack[Asked]) -> pb.PredictRequest:
     """A request for one model. Raises `ClientError` if it is told both a version and an alias."""
-    if version is not None and alias is not None:
-        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "give a version or an alias, not both", "version")
-    target: dict[str, Any] = {"version": version} if version is not None else {"alias": alias}
-    return pb.PredictRequest(model=model, **target, **asked)
+    return pb.PredictRequest(model=model, **_which(version, alias), **asked)
+
+
+def to_report(model: str, version: int | None, alias: str | None) -> pb.GetReportRequest:
+    """A request for a report. Raises `ClientError` if it is told both a version and an alias."""
+    return pb.GetReportRequest(model=model, **_which(version, alias))
 
 
 def to_several(models: str | Iterable[str], **asked: Unpack[Asked]) -> pb.PredictRequest:
@@ -42,3 +44,9 @@ def target(name: str) -> pb.ModelTarget:
     if _VERSION.fullmatch(which):
         return pb.ModelTarget(model=model, version=int(which))
     return pb.ModelTarget(model=model, alias=which) if at else pb.ModelTarget(model=model)
+
+
+def _which(version: int | None, alias: str | None) -> dict[str, Any]:
+    if version is not None and alias is not None:
+        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "give a version or an alias, not both", "version")
+    return {"version": version} if version is not None else {"alias": alias}

@@ -22,7 +22,7 @@ import grpc
 
 from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
-from backboned._client_questions import to_one, to_several
+from backboned._client_questions import to_one, to_report, to_several
 from backboned._client_status import ClientError
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1.model_service_pb2_grpc import ModelServiceStub
@@ -254,6 +254,10 @@ class Client:
     def get_model(self, model: str) -> pb.Model:
         """One model, with its versions and aliases."""
         return self._call(self._stub.GetModel, pb.GetModelRequest(model=model))
+
+    def get_report(self, model: str, *, version: int | None = None, alias: str | None = None) -> pb.Report:
+        """How good a version is, as one HTML page; of the newest that has a report, unless one is named."""
+        return self._call(self._stub.GetReport, to_report(model, version, alias))
 
     def list_backbones(self) -> pb.ListBackbonesResponse:
         """The backbones that can be used, and the plugins that are broken."""

@@ -63,7 +63,7 @@ def read_payload(path: Path, *, verified: bool = False) -> Payload:
     if not payload.tensors:
         raise refused("it holds no tensors: save model.state_dict()")
     for key, tensor in payload.tensors.items():
-        _check_tensor(key, tensor)
+        check_tensor(key, tensor)
     return payload
 
 
@@ -175,7 +175,8 @@ def _unwrap(content: Any) -> Payload:
     )
 
 
-def _check_tensor(key: str, tensor: Tensor) -> None:
+def check_tensor(key: str, tensor: Tensor) -> None:
+    """Raise `BackbonedError` `DATA_LOSS` unless `tensor` is a plain, finite one that its bytes really hold."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
         raise refused(f"{key!r} is a {tensor.layout} {tensor.dtype} tensor; only plain dense ones can be served")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -33,18 +33,30 @@ class Task(Enum):
             return torch.cat([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1)
         return torch.sigmoid(logits)
 
+    def certainty(self, probabilities: Tensor) -> Tensor:
+        """How sure an answer is: `[batch, classes]` probabilities → `[batch]`.
+
+        The highest probability; multi-label: that of the decision about the label that it is least sure of.
+        """
+        if self is Task.MULTI_LABEL:
+            return torch.maximum(probabilities, 1 - probabilities).amin(dim=1)
+        return probabilities.amax(dim=1)
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """The mean loss an image, unweighted.
 
         `target` is `[batch]` class indices (single label: cross-entropy; binary: 0 or 1), or `[batch, classes]` of 0
         and 1 (multi-label). The last two are binary cross-entropy, for multi-label the mean over classes.
         """
-        logits = logits.float()
+        return self.loss_of(logits.float(), target)
+
+    def loss_of(self, logits: Tensor, target: Tensor) -> Tensor:
+        """`loss` in the precision that the logits have."""
         if self is Task.SINGLE_LABEL:
             return F.cross_entropy(logits, target)
         if self is Task.BINARY:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
-        return F.binary_cross_entropy_with_logits(logits, target.float())
+            return F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype))
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
 
 def class_names(names: Sequence[str] | None, outputs: int, task: Task | None = None) -> tuple[Task, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backboned.registry.answers import Answers
 from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomically
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import file_digest
@@ -27,12 +28,16 @@ from backboned.registry.weights import StageWeights, WeightStore
 
 @dataclass(frozen=True)
 class VersionWeights:
-    """A version in memory: its manifest, its backbone, and the weights of every stage of the chain, in order."""
+    """A version in memory: its manifest, its backbone, and the weights of every stage of the chain, in order.
+
+    `answers` is what validation has taught about its answers; None for a file that wasn't written by a FineTune.
+    """
 
     manifest: Manifest
     backbone: Backbone
     stages: Mapping[str, StageWeights]
     shared: tuple[str, ...]
+    answers: Answers | None = None
 
 
 class VersionWriter:
@@ -52,6 +57,7 @@ class VersionWriter:
         loss: float,
         metrics: EpochMetrics,
         best: bool,
+        answers: Answers | None = None,
     ) -> Epoch:
         """Write `epoch-NNNN.pt` and then the manifest. `stages` has the digests of the whole chain at this epoch."""
         name = f"epoch-{epoch:04d}.pt"
@@ -68,6 +74,7 @@ class VersionWriter:
                 "classes": list(self.manifest.classes),
                 "stages": dict(stages),
                 "preprocessing": self.manifest.preprocessing.to_dict(),
+                **({} if answers is None else {"answers": answers.to_payload()}),
             },
         }
         path = self._folder / name
@@ -111,7 +118,7 @@ class VersionReader:
         expected = manifest.stages if record.epoch == manifest.best_epoch else _foundations(payload)
         stages = self._assemble(found, expected)
         shared = found.missing or self._shared(found, stages)
-        return VersionWeights(manifest, found.backbone, stages, shared)
+        return VersionWeights(manifest, found.backbone, stages, shared, _answers(payload, manifest, found.backbone))
 
     def adopt(self, drop: Drop, previous: Manifest | None = None) -> VersionWeights | None:
         """Make a dropped file the model's next version: a private copy of it, checked, with a manifest.
@@ -132,6 +139,7 @@ class VersionReader:
                 stages = self._assemble(found, _foundations(payload))
             synced.result()
             manifest = _manifest(drop, payload, sidecar, found, stages)
+            answers = _answers(payload, manifest, found.backbone)
             best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
             manifest = replace(manifest, epochs=(best,))
             if previous is not None and _same(manifest, previous):
@@ -140,7 +148,8 @@ class VersionReader:
             self._keep(copy, manifest)
         finally:
             copy.unlink(missing_ok=True)
-        return VersionWeights(manifest, found.backbone, stages, found.missing or self._shared(found, stages))
+        shared = found.missing or self._shared(found, stages)
+        return VersionWeights(manifest, found.backbone, stages, shared, answers)
 
     def _keep(self, copy: Path, manifest: Manifest) -> None:
         """Move a checked file into the folder of its version, all or nothing."""
@@ -228,3 +237,16 @@ def _foundations(payload: Payload) -> dict[str, str]:
     """The digests of the stages that a file of our own trainer stands on; of another file nothing is known."""
     stages = payload.metadata.get("stages")
     return {str(k): str(v) for k, v in stages.items()} if isinstance(stages, Mapping) else {}
+
+
+def _answers(payload: Payload, manifest: Manifest, backbone: Backbone) -> Answers | None:
+    """What a file of our own trainer says about its answers.
+
+    None if it says nothing, or if a person has told another task or preprocessing since: then it holds no more.
+    """
+    told = payload.metadata
+    if told.get("answers") is None:
+        return None
+    answers = Answers.from_payload(told["answers"], classes=len(manifest.classes), feature_size=backbone.feature_size)
+    holds = (manifest.task.value, manifest.preprocessing.to_dict()) == (told.get("task"), told.get("preprocessing"))
+    return answers if holds else None

@@ -31,10 +31,6 @@ class NotYet(pb_grpc.ModelServiceServicer):
         """Not yet."""
         _refuse("ListDatasets", "nothing can be uploaded yet")
 
-    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> NoReturn:
-        """Not yet."""
-        _refuse("GetReport", "ask ListCheckpoints")
-
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> NoReturn:
         """Not yet."""
         _refuse("DeleteDataset", "nothing can be uploaded yet")

@@ -64,6 +64,8 @@ def _prediction(prediction: Prediction) -> pb.Prediction:
         id=prediction.id,
         classes=[pb.ClassProbability(label=label, probability=value) for label, value in prediction.classes],
         embedding=prediction.embedding,
+        uncertain=prediction.uncertain,
+        unfamiliar=prediction.unfamiliar,
     )
 
 

@@ -13,13 +13,14 @@ from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import invalid, not_found
 from backboned.registry.manifest import check_name
 from backboned.registry.query import paginate, parse_filter, parse_order
+from backboned.registry.reports import read_report
 from backboned.registry.weights import WeightStore
 from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message, model_message
 from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_fields, job_message, to_options
 from backboned.server.api.not_yet import NotYet
 from backboned.server.api.predictions import to_call, to_response
 from backboned.server.api.streams import in_order
-from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.aliases import LATEST, Aliases
 from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
 from backboned.server.serving.loader import Loader
 from backboned.server.serving.predictor import Predictor
@@ -148,6 +149,13 @@ class ModelService(NotYet):
         """One model."""
         return self._message(await self._model(request.model))
 
+    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
+        """The page of a version."""
+        model = await self._model(request.model)
+        wanted = self._reported(request, model)
+        version, html = await asyncio.to_thread(read_report, self._rooms.directory, model.name, wanted)
+        return pb.Report(model=model.name, version=version, html=html)
+
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.Model:
         """Point an alias."""
         model = await self._model(request.model)
@@ -166,6 +174,25 @@ class ModelService(NotYet):
         await asyncio.to_thread(self._rooms.aliases.delete, model.name, request.alias, expected)
         self._rooms.loader.hint()
         return self._message(model)
+
+    def _reported(self, request: pb.GetReportRequest, model: KnownModel) -> int | None:
+        """The version whose report is asked for; None for the newest that has one."""
+        target = request.WhichOneof("target")
+        if target is None:
+            return None
+        number = request.version
+        if target == "alias" and request.alias == LATEST:
+            complete = [v for v, known in model.versions.items() if known.manifest.complete]
+            number = max(complete or model.versions)
+        elif target == "alias":
+            aliases = self._rooms.aliases.of(model.name)
+            if request.alias not in aliases:
+                raise not_found(f"alias of {model.name}", request.alias, [*aliases, LATEST], field="alias")
+            number = aliases[request.alias]
+        if number not in model.versions:
+            known_versions = [str(v) for v in model.versions]
+            raise not_found(f"version of {model.name}", str(number), known_versions, field="version")
+        return number
 
     async def _model(self, name: str) -> KnownModel:
         """The model called `name`; looks at the directory once more before saying no."""

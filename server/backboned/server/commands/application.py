@@ -23,6 +23,7 @@ COMMANDS = (
     "predict",
     "checkpoints",
     "models",
+    "report",
     "backbones",
     "jobs",
     "alias",

@@ -51,6 +51,8 @@ class TrainingView:
                 self._show_features(event.feature_progress)
             case "epoch":
                 self._show_epoch(event.epoch)
+            case "evaluation":
+                self._show_evaluation(event.evaluation)
             case "log":
                 self._say(event.log, style="yellow")
             case _:  # a checkpoint follows from its epoch
@@ -94,6 +96,24 @@ class TrainingView:
             f"  train loss {epoch.train_loss:.4f} acc {epoch.train_accuracy:.3f}"
             f"  val loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.3f}{'  best' if epoch.best else ''}"
         )
+
+    def _show_evaluation(self, evaluation: pb.Evaluation) -> None:
+        self._say(f"epoch {evaluation.epoch} judged: {_judged('validation', evaluation.validation)}", style="bold")
+        if evaluation.HasField("test"):
+            self._say(f"held back from all choices: {_judged('test', evaluation.test)}", style="bold")
+        shown = evaluation.test if evaluation.HasField("test") else evaluation.validation
+        self._say(
+            f"probabilities are off by {shown.calibration_error:.1%} (temperature {evaluation.temperature:.2f}); "
+            f"an answer below {evaluation.uncertain_below:.1%} is uncertain"
+        )
+
+
+def _judged(part: str, judgement: pb.Judgement) -> str:
+    return (
+        f"accuracy {judgement.accuracy:.1%} on {judgement.images} {part} images (95 % interval "
+        f"{judgement.accuracy_low:.1%} to {judgement.accuracy_high:.1%}; guessing gives "
+        f"{judgement.majority_accuracy:.1%})"
+    )
 
 
 class JsonView:

@@ -72,8 +72,13 @@ class Canary:
         task: Task,
         backbone: Backbone,
         weights: Mapping[str, StageWeights],
+        *,
+        temperature: float = 1.0,
     ) -> Agreement:
-        """Hold the model at the end of `path` against the same `weights` in float32; raises as `check` does."""
+        """Hold the model at the end of `path` against the same `weights` in float32; raises as `check` does.
+
+        Logits are divided by `temperature`, as they are when it serves.
+        """
         chain = {stage.name: stage for stage in backbone.chain}
 
         def in_fp32(stage: LoadedStage) -> LoadedStage:
@@ -83,8 +88,8 @@ class Canary:
         exact = self._through(path, preprocessing, self._exact, in_fp32)
         if not torch.isfinite(exact).all():
             raise refused("its answer to a test image is not finite: its weights are unusable")
-        expected = task.probabilities(exact)
-        found = task.probabilities(self._through(path, preprocessing, self._outputs, lambda stage: stage))
+        expected = task.probabilities(exact / temperature)
+        found = task.probabilities(self._through(path, preprocessing, self._outputs, lambda stage: stage) / temperature)
         deviation = torch.nan_to_num((found - expected).abs(), nan=1.0).max().item()
         same = int((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
         return Agreement(len(expected), same, deviation)

@@ -51,11 +51,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one image shows: classes with probabilities, best first."""
+    """What one image shows: classes with probabilities, best first; and whether to doubt it, see the proto."""
 
     id: str
     classes: tuple[tuple[str, float], ...]
     embedding: tuple[float, ...] = ()
+    uncertain: bool = False
+    unfamiliar: bool = False
 
 
 @dataclass(frozen=True)

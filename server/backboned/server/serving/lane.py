@@ -1,6 +1,6 @@
 """What a thread of the engine runs batches with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Lane:
         with torch.cuda.stream(self._stream):  # of None: no stream
             group = Group.of(batch[0].models[0])
             x = normalise(self._moved(batch), group.preprocessing, group.dtype)
-            legs = [Leg(row, model.path, item.tap) for row, item in enumerate(batch) for model in item.models]
+            legs = [
+                Leg(row, model.path, item.tap, model.answers) for row, item in enumerate(batch) for model in item.models
+            ]
             answers = iter(_on_cpu(run_tree(legs, x)))
         return [_of_item([next(answers) for _ in item.models]) for item in batch]
 
@@ -62,10 +64,14 @@ def _on_cpu(answers: Sequence[Answer | Exception]) -> list[Answer | Exception]:
     if not tensors or tensors[0].device.type == "cpu":
         return list(answers)
     brought = iter(torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors]))
-    return [
-        a if isinstance(a, Exception) else Answer(next(brought), None if a.embedding is None else next(brought))
-        for a in answers
-    ]
+    return [a if isinstance(a, Exception) else _brought(a, brought) for a in answers]
+
+
+def _brought(answer: Answer, tensors: Iterator[Tensor]) -> Answer:
+    """`answer` made of the next of `tensors`, in the order of its own."""
+    logits = next(tensors)
+    embedding = None if answer.embedding is None else next(tensors)
+    return Answer(logits, embedding, None if answer.distance is None else next(tensors))
 
 
 def _of_item(answers: Sequence[Answer | Exception]) -> tuple[Answer, ...] | Exception:

@@ -223,10 +223,14 @@ class Loader:
         """Put a version on the device, and see that it answers."""
         manifest, backbone, device = version.manifest, version.backbone, self._stages.device
         path = self._stages.path(backbone, version.stages)
+        answers = None if version.answers is None else version.answers.to(device.device)
         if device.dtype == torch.float32:
             self._canary.check(path, manifest.preprocessing)
-            return LoadedModel(manifest, path, version.shared)
-        agreement = self._canary.compare(path, manifest.preprocessing, manifest.task, backbone, version.stages)
+            return LoadedModel(manifest, path, version.shared, answers)
+        temperature = 1.0 if answers is None else answers.temperature
+        agreement = self._canary.compare(
+            path, manifest.preprocessing, manifest.task, backbone, version.stages, temperature=temperature
+        )
         name = f"{manifest.model} version {manifest.version}"
         log.info("%s in %s and in fp32: %s", name, device.precision, agreement)
         self._telemetry.precision_deviation(manifest.model, agreement.deviation)
@@ -234,7 +238,7 @@ class Loader:
             log.warning("%s runs in fp32: %s is too coarse for it", name, device.precision)
             path = self._stages.path(backbone, version.stages, torch.float32)
             self._canary.check(path, manifest.preprocessing)
-        return LoadedModel(manifest, path, version.shared)
+        return LoadedModel(manifest, path, version.shared, answers)
 
     def _adopt(self, action: Adopt) -> str:
         drop = action.drop

@@ -54,9 +54,9 @@ class Predictor:
             answers = await self._compute(models, call)
         results = []
         for model, given, truth in zip(models, answers, labels, strict=True):
-            task, ranked = model.manifest.task, rank(model.manifest, given, call.top_k)
+            task, ranked = model.manifest.task, rank(model, given, call.top_k)
             for answer, label in zip(given, truth, strict=False):
-                loss = task.loss(answer.logits[None], label[None]).item()
+                loss = task.loss(model.calibrated(answer.logits[None]), label[None]).item()
                 self._telemetry.serving_loss(model.manifest.model, "serving", loss, correct(task, answer.logits, label))
             results.append(Result(model.manifest.model, model.manifest.version, ranked))
         return tuple(results)

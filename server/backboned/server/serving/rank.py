@@ -10,21 +10,39 @@ from backboned.registry.errors import invalid, not_found
 from backboned.registry.manifest import Manifest
 from backboned.registry.task import Task
 from backboned.server.serving.calls import Prediction
+from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.serving.tree import Answer
 
 
-def rank(manifest: Manifest, answers: Sequence[Answer], top_k: int) -> tuple[Prediction, ...]:
-    """A prediction for each answer: the `top_k` likeliest classes (0: all), best first."""
-    probabilities = manifest.task.probabilities(torch.stack([answer.logits for answer in answers]))
+def rank(model: LoadedModel, answers: Sequence[Answer], top_k: int) -> tuple[Prediction, ...]:
+    """A prediction for each answer: the `top_k` likeliest classes (0: all), best first, and whether to doubt it."""
+    manifest = model.manifest
+    logits = torch.stack([answer.logits for answer in answers])
+    probabilities = manifest.task.probabilities(model.calibrated(logits))
     values, indices = probabilities.topk(top_k or len(manifest.classes))
+    doubts = _doubts(model, probabilities, answers)
     return tuple(
         Prediction(
             secrets.token_hex(12),
             tuple((manifest.classes[i], p) for i, p in zip(places, likely, strict=True)),
             () if answer.embedding is None else tuple(answer.embedding.tolist()),
+            uncertain=unsure or unfamiliar,
+            unfamiliar=unfamiliar,
         )
-        for answer, places, likely in zip(answers, indices.tolist(), values.tolist(), strict=True)
+        for answer, places, likely, (unsure, unfamiliar) in zip(
+            answers, indices.tolist(), values.tolist(), doubts, strict=True
+        )
     )
+
+
+def _doubts(model: LoadedModel, probabilities: Tensor, answers: Sequence[Answer]) -> list[tuple[bool, bool]]:
+    """For each answer, whether it is too little certain, and whether its image lies too far from all that trained."""
+    known = model.answers
+    if known is None:
+        return [(False, False)] * len(answers)
+    unsure = model.manifest.task.certainty(probabilities) < known.uncertain_below
+    far = [a.distance is not None and a.distance.item() > known.unfamiliar_beyond for a in answers]
+    return list(zip(unsure.tolist(), far, strict=True))
 
 
 def truths(manifest: Manifest, labels: Sequence[str]) -> list[Tensor]:

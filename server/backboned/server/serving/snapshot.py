@@ -6,6 +6,9 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
+from torch import Tensor
+
+from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
 
@@ -21,7 +24,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One epoch of one version in memory: its path of stages, the head last.
+    """One epoch of one version in memory: its path of stages, the head last, and its `answers`, if any, on the device.
 
     Holding it keeps its stages alive; when the last holder lets go, what nobody else shares is freed.
     """
@@ -29,6 +32,11 @@ class LoadedModel:
     manifest: Manifest
     path: tuple[LoadedStage, ...]
     shared: tuple[str, ...]
+    answers: Answers | None = None
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """`[n, outputs]` logits whose probabilities are as often right as they say, as far as that is known."""
+        return logits if self.answers is None else logits / self.answers.temperature
 
     @property
     def sha256(self) -> str:

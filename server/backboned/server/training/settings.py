@@ -13,11 +13,13 @@ class TrainingSettings:
     """Settings of all jobs. `work_dir` takes large temporary files, a folder a job, deleted when it ends.
 
     `threads` compute in a trainer. Activations are kept on disk while they take `feature_budget_bytes` at most;
-    beyond that they are computed in each epoch.
+    beyond that they are computed in each epoch. A job may read the uploaded dataset that it is for, which is a folder
+    in `uploads`, and no other one.
     """
 
     work_dir: Path
     data_roots: tuple[Path, ...] = ()
+    uploads: Path | None = None
     weight_files: Mapping[str, Path] = field(default_factory=dict)
     plugin_modules: tuple[str, ...] = ()
     device: str = "auto"
@@ -25,6 +27,11 @@ class TrainingSettings:
     max_queued_jobs: int = 100
     max_image_pixels: int = 100_000_000
     feature_budget_bytes: int = 16 * 2**30
+
+    def roots_for(self, folder: Path) -> tuple[Path, ...]:
+        """What a job on the dataset in `folder` may read: the data roots, and the folder if it was uploaded."""
+        uploaded = self.uploads is not None and folder.parent == self.uploads
+        return (*self.data_roots, folder) if uploaded else self.data_roots
 
 
 class TrainingTelemetry(Protocol):

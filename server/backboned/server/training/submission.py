@@ -12,6 +12,7 @@ from backboned.server.training.datasets import read_dataset
 from backboned.server.training.jobs import JobRequest
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.starting_point import warm_start
+from backboned.server.training.uploads import find_upload, is_upload_id
 
 MAX_REQUEST_ID = 128
 
@@ -40,7 +41,12 @@ class Submission:
         self._weights.check(backbone.name)
         if options.warm_start_version is not None:
             warm_start(self._directory, request.model, options.warm_start_version, backbone)
-        roots = self._settings.data_roots
-        folder = resolve_dataset(request.dataset, roots)
-        read_dataset(folder, options, roots)
+        folder = self._folder(request.dataset)
+        read_dataset(folder, options, self._settings.roots_for(folder))
         return folder
+
+    def _folder(self, dataset: str) -> Path:
+        uploads = self._settings.uploads
+        if uploads is not None and is_upload_id(dataset):
+            return find_upload(uploads, dataset, field="dataset")
+        return resolve_dataset(dataset, self._settings.data_roots)

@@ -25,6 +25,7 @@ COMMANDS = (
     "models",
     "backbones",
     "jobs",
+    "datasets",
     "alias",
     "export",
     "demo",

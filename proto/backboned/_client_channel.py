@@ -13,6 +13,7 @@ _IDEMPOTENT = (
     "ListModels",
     "GetModel",
     "GetReport",
+    "ListDatasets",
 )
 
 

@@ -16,6 +16,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Self, TypedDict, TypeVar, Unpack
 
 import grpc
@@ -24,6 +25,7 @@ from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
 from backboned._client_questions import to_one, to_report, to_several
 from backboned._client_status import ClientError
+from backboned._client_uploads import upload
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1.model_service_pb2_grpc import ModelServiceStub
 
@@ -176,8 +178,8 @@ class Client:
         """Start a job that trains the next version of `model`; returns at once.
 
         `dataset` is a folder on the daemon's machine, sent as it is (so make a relative path absolute, unless it is
-        meant relative to the daemon's data root). `request_id` defaults to a new UUID: one call, one job, however often
-        it is retried.
+        meant relative to the daemon's data root), or the id of an uploaded dataset. `request_id` defaults to a new
+        UUID: one call, one job, however often it is retried.
         """
         if unknown := set(options) - set(TrainingOptions.__annotations__):
             raise TypeError(
@@ -258,6 +260,32 @@ class Client:
     def get_report(self, model: str, *, version: int | None = None, alias: str | None = None) -> pb.Report:
         """How good a version is, as one HTML page; of the newest that has a report, unless one is named."""
         return self._call(self._stub.GetReport, to_report(model, version, alias))
+    def upload_dataset(
+        self, folder: str | os.PathLike[str], *, name: str = "", progress: Callable[[int, int], None] | None = None
+    ) -> pb.Dataset:
+        """Upload the images of a folder on this machine; the `id` of what is returned is a dataset for `fine_tune`.
+
+        The folder has a folder a class, or train/ and val/ or test/ with a folder a class each, or a manifest. Images
+        that the daemon has are not sent; where the connection breaks, this goes on. `progress(done_bytes, total_bytes)`
+        is called as images reach the daemon, perhaps from another thread.
+        """
+        return upload(
+            self._stub.UploadDataset,
+            Path(folder),
+            name=name,
+            progress=progress,
+            address=self.address,
+            max_message_bytes=self._max_message_bytes,
+        )
+
+    def list_datasets(self, *, page_size: int = 0) -> Iterator[pb.Dataset]:
+        """All uploaded datasets, newest first; pages are fetched as they are needed."""
+        for page in self._pages(self._stub.ListDatasets, pb.ListDatasetsRequest(page_size=page_size)):
+            yield from page.datasets
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Delete an uploaded dataset, and the images that no other one holds."""
+        self._call(self._stub.DeleteDataset, pb.DeleteDatasetRequest(dataset_id=dataset_id))
 
     def list_backbones(self) -> pb.ListBackbonesResponse:
         """The backbones that can be used, and the plugins that are broken."""

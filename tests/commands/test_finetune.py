@@ -77,7 +77,8 @@ def test_what_the_daemon_refuses_is_one_line(
 def test_a_folder_outside_the_daemons_data_roots_is_refused_with_the_remedy(
     call: Call, running: LocalDaemon, tmp_path: Path
 ) -> None:
-    code, out, err = call("finetune", tmp_path, "--model", "m", "--backbone", "digits", "--server", running.grpc)
+    arguments = ["--model", "m", "--backbone", "digits", "--no-upload", "--server", running.grpc]
+    code, out, err = call("finetune", tmp_path, *arguments)
     assert (code, out) == (1, "")
     assert "--data-root" in err
     assert len(err.splitlines()) == 1

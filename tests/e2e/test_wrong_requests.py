@@ -6,7 +6,6 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from grpc import StatusCode
-from grpc_status import rpc_status
 from PIL import Image
 
 from backboned.client import Client, ClientError
@@ -163,8 +162,6 @@ def test_an_unknown_alias_cannot_be_deleted(refusal: Refusal) -> None:
     [
         ("ReportOutcome", "send `labels` with Predict"),
         ("DeleteModelVersion", "remove the version's folder"),
-        ("ListDatasets", "nothing can be uploaded yet"),
-        ("DeleteDataset", "nothing can be uploaded yet"),
     ],
 )
 def test_what_is_not_there_yet_says_what_to_do_instead(refusal: Refusal, rpc: str, instead: str) -> None:
@@ -172,14 +169,13 @@ def test_what_is_not_there_yet_says_what_to_do_instead(refusal: Refusal, rpc: st
     assert error.code is StatusCode.UNIMPLEMENTED and instead in error.message
 
 
-def test_uploads_say_what_to_do_instead(stub: ModelServiceStub, refusal: Refusal) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.UploadDataset(iter([pb.UploadDatasetRequest()]))
-    status = rpc_status.from_call(caught.value)
-    assert status is not None and status.code == StatusCode.UNIMPLEMENTED.value[0]
-    assert "put the images below one of the daemon's data roots" in status.message
+def test_what_was_not_uploaded_is_not_found(refusal: Refusal) -> None:
+    error = refusal("DeleteDataset", pb.DeleteDatasetRequest(dataset_id="ds-0123456789abcdef"))
+    assert (error.code, error.field) == (StatusCode.NOT_FOUND, "dataset_id")
+    error = refusal("Predict", predict(images=[pb.Image(dataset_image="ds-0123456789abcdef/1.jpg")]))
+    assert (error.code, error.field) == (StatusCode.NOT_FOUND, "images[0]") and "none is known yet" in error.message
     error = refusal("Predict", predict(images=[pb.Image(dataset_image="d/1.jpg")]))
-    assert error.code is StatusCode.UNIMPLEMENTED and error.field == "images[0]" and "send `encoded`" in error.message
+    assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "images[0]")
 
 
 def test_a_message_over_the_limit_is_refused_and_the_connection_goes_on(

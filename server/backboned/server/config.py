@@ -108,6 +108,9 @@ class Config(BaseSettings):
     )
     training_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a trainer; 0 chooses.")
     max_queued_jobs: int = Field(default=1000, ge=1, description="FineTune jobs that may wait.")
+    upload_quota: ByteSize = Field(
+        default=ByteSize(32 * 2**30), ge=0, description="Bytes of images that may be uploaded, as in 32GiB."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severity that is logged: debug, info, warning or error."
     )

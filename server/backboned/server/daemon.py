@@ -44,12 +44,14 @@ from backboned.server.serving.prepare import prepare
 from backboned.server.training.jobs import JobStore
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.supervisor import JobSupervisor
+from backboned.server.training.uploads import UploadStore
 
 log = logging.getLogger(__name__)
 
 DATABASE_NAME = "backboned.sqlite"
 LOCK_NAME = "lock"
 COMPILED_NAME = "compiled"
+UPLOADS_NAME = "uploads"
 SWITCH_SECONDS = 0.0002
 COMPILED_BYTES = 8 * 2**30
 
@@ -116,16 +118,17 @@ class Daemon:
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
         chooser = Chooser(self.loader, aliases)
         self.predictor = Predictor(chooser, self.engine, admission, self.metrics)
+        self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
         self.jobs = JobSupervisor(
             JobStore(database),
             directory=directory,
             catalogue=catalogue,
             weights=weights,
-            settings=_training_settings(config),
+            settings=_training_settings(config, self.uploads),
             telemetry=self.metrics,
             before_success=self._see_version,
         )
-        rooms = Rooms(catalogue, weights, directory, self.loader, aliases, self.predictor, self.jobs)
+        rooms = Rooms(catalogue, weights, directory, self.loader, aliases, self.predictor, self.jobs, self.uploads)
         count = _frontends(config, device)
         frontends = Frontends(
             count,
@@ -135,7 +138,9 @@ class Daemon:
             max_image_pixels=config.max_image_pixels,
         )
         self.grpc = GrpcServer(
-            ModelService(rooms), max_message_bytes=config.max_message_bytes, frontends=frontends if count else None
+            ModelService(rooms, max_message_bytes=config.max_message_bytes),
+            max_message_bytes=config.max_message_bytes,
+            frontends=frontends if count else None,
         )
         self.metrics.watch_queue(self.engine.depth)
         self.metrics.watch_stages(self._stages.loaded)
@@ -150,7 +155,7 @@ class Daemon:
         self.engine.start()
         first_look = asyncio.wrap_future(self.loader.refresh())
         self.loader.start()
-        await first_look
+        await asyncio.gather(first_look, asyncio.to_thread(self.uploads.open))
         self._compiler.start()
         await self.jobs.start()
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
@@ -226,13 +231,14 @@ def _frontends(config: Config, device: Device) -> int:
     return int(config.frontends)
 
 
-def _training_settings(config: Config) -> TrainingSettings:
+def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings:
     threads = config.training_threads or os.cpu_count() or 1
     return TrainingSettings(
         work_dir=config.state_dir.absolute() / "work",
         data_roots=tuple(root.absolute() for root in config.data_root),
         remote_data=config.remote_data,
         fetched_dir=config.state_dir.absolute() / "fetched",
+        uploads=uploads.datasets_folder,
         weight_files={name: file.absolute() for name, file in config.weights.items()},
         plugin_modules=config.plugin,
         device=config.device,

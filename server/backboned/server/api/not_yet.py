@@ -1,6 +1,5 @@
 """RPCs that are in the API and not in this version of the daemon: each says what to do instead."""
 
-from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
@@ -23,17 +22,6 @@ class NotYet(pb_grpc.ModelServiceServicer):
         """Not yet."""
         _refuse("DeleteModelVersion", "remove the version's folder from the checkpoint directory")
 
-    async def UploadDataset(self, requests: AsyncIterator[pb.UploadDatasetRequest], context: Context) -> NoReturn:
-        """Not yet."""
-        _refuse("UploadDataset", "put the images below one of the daemon's data roots")
-
-    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> NoReturn:
-        """Not yet."""
-        _refuse("ListDatasets", "nothing can be uploaded yet")
-
-    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> NoReturn:
-        """Not yet."""
-        _refuse("DeleteDataset", "nothing can be uploaded yet")
 
 
 def _refuse(rpc: str, instead: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from backboned.registry.errors import BackbonedError, ErrorKind, invalid
+from backboned.registry.errors import invalid
 from backboned.server.serving.calls import Call, Pixels, Prediction, Result, Target
 from backboned.v1 import model_service_pb2 as pb
 
@@ -13,7 +13,7 @@ def to_call(request: pb.PredictRequest) -> Call:
     """What a request asks.
 
     Raises `BackbonedError` for models that are named in both ways, or too many, and for images that carry nothing, or
-    can't be had here.
+    must be had from a dataset first: see `Uploads.with_dataset_images`.
     """
     return Call(
         targets=_targets(request),
@@ -75,9 +75,4 @@ def _image(image: pb.Image, index: int) -> bytes | Pixels:
         return image.encoded
     if source == "tensor":
         return Pixels(image.tensor.data, tuple(image.tensor.shape))
-    field = f"images[{index}]"
-    if source == "dataset_image":
-        raise BackbonedError(
-            ErrorKind.UNIMPLEMENTED, f"image {index}: uploaded datasets don't exist yet; send `encoded`", field=field
-        )
-    raise invalid(f"image {index} is empty: set `encoded` or `tensor`", field=field)
+    raise invalid(f"image {index} is empty: set `encoded`, `dataset_image` or `tensor`", field=f"images[{index}]")

@@ -20,12 +20,14 @@ from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_
 from backboned.server.api.not_yet import NotYet
 from backboned.server.api.predictions import to_call, to_response
 from backboned.server.api.streams import in_order
+from backboned.server.api.uploads import Uploads
 from backboned.server.serving.aliases import LATEST, Aliases
 from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
 from backboned.server.serving.loader import Loader
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.snapshot import KnownModel
 from backboned.server.training.supervisor import JobSupervisor
+from backboned.server.training.uploads import UploadStore
 from backboned.v1 import model_service_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,12 +47,14 @@ class Rooms:
     aliases: Aliases
     predictor: Predictor
     jobs: JobSupervisor
+    uploads: UploadStore
 
 
-class ModelService(NotYet):
+class ModelService(Uploads, NotYet):
     """`backboned.v1.ModelService`."""
 
-    def __init__(self, rooms: Rooms) -> None:
+    def __init__(self, rooms: Rooms, *, max_message_bytes: int) -> None:
+        super().__init__(rooms.uploads, rooms.jobs, max_message_bytes)
         self._rooms = rooms
 
     async def FineTune(self, request: pb.FineTuneRequest, context: Context) -> pb.Job:
@@ -228,6 +232,7 @@ class ModelService(NotYet):
         return model_message(model, self._rooms.directory, self._rooms.aliases.of(model.name))
 
     async def _predict(self, request: pb.PredictRequest, patience_seconds: float | None = None) -> pb.PredictResponse:
+        request = await self.with_dataset_images(request)
         call = replace(to_call(request), patience_seconds=patience_seconds)
         return to_response(request, await self._rooms.predictor.predict(call))
 

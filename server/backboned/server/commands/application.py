@@ -26,6 +26,7 @@ COMMANDS = (
     "report",
     "backbones",
     "jobs",
+    "datasets",
     "alias",
     "export",
     "demo",

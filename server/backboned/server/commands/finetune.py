@@ -3,17 +3,19 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from backboned.client import Client
+from backboned.client import Client, ClientError
 from backboned.server.commands.jobs import follow, require_success, took_seconds
 from backboned.server.commands.local_daemon import LocalDaemon, free_port, is_listening
 from backboned.server.commands.options import DEFAULT_ADDRESS, ConfigFile, Json, Server
 from backboned.server.commands.output import as_dict, console, duration, notice, print_json
+from backboned.server.commands.uploading import is_unseen
+from backboned.server.commands.uploading import upload as send
 from backboned.v1 import model_service_pb2 as pb
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -57,14 +59,19 @@ def finetune(
         bool | None,
         typer.Option("--serve/--no-serve", help="Go on serving after training, where this started the daemon."),
     ] = None,
+    upload: Annotated[
+        bool | None,
+        typer.Option("--upload/--no-upload", help="Upload FOLDER [default: if the daemon can't see it]."),
+    ] = None,
     config: ConfigFile = None,
     server: Server = DEFAULT_ADDRESS,
     json: Json = False,
 ) -> None:
     """Fine-tune a classifier on a folder of images, and serve it.
 
-    FOLDER has a folder a class, or train/ and val/ with a folder a class each. Where no daemon answers on this
-    machine, one is started. Ctrl-C cancels the training.
+    FOLDER has a folder a class, or train/ and val/ with a folder a class each. It is uploaded if the daemon is on
+    another machine or may not read it. Where no daemon answers on this machine, one is started. Ctrl-C cancels the
+    training.
     """
     path = Path(folder).expanduser()
     options = {
@@ -89,13 +96,13 @@ def finetune(
         elif weights:
             raise typer.BadParameter(f"the daemon at {server} runs already, with its own", param_hint="--weights")
         client = stack.enter_context(Client(server))
-        job = client.fine_tune(
-            model or path.resolve().name,
-            backbone,
-            path.resolve() if path.is_dir() else folder,
-            request_id=request_id,
-            **_given(options),
-        )
+
+        def start(dataset: str | Path) -> pb.Job:
+            return client.fine_tune(
+                model or path.resolve().name, backbone, dataset, request_id=request_id, **_given(options)
+            )
+
+        job = _start(start, client, path if path.is_dir() else folder, upload=upload, json=json)
         job = _train(client, job, json=json)
         goes_on = daemon is not None and (sys.stdout.isatty() and not json if serve is None else serve)
         if not json:
@@ -104,6 +111,25 @@ def finetune(
             notice(f"serving at {daemon.grpc}, metrics at {daemon.http}/metrics, until Ctrl-C")
             with contextlib.suppress(KeyboardInterrupt):
                 daemon.wait()
+
+
+def _start(
+    start: Callable[[str | Path], pb.Job], client: Client, folder: str | Path, *, upload: bool | None, json: bool
+) -> pb.Job:
+    """Start the job on a folder, or on its upload; a `folder` that isn't on this machine is a name that is sent."""
+    if isinstance(folder, str):
+        if upload:
+            raise typer.BadParameter(f"there is no folder {folder}", param_hint="FOLDER")
+        return start(folder)
+    here = folder.resolve()
+    elsewhere = client.address.rpartition(":")[0] not in LOOPBACK
+    if not (upload or (upload is None and elsewhere)):
+        try:
+            return start(here)
+        except ClientError as error:
+            if upload is False or not is_unseen(error):
+                raise
+    return start(send(client, here, json=json).id)
 
 
 def _train(client: Client, job: pb.Job, *, json: bool) -> pb.Job:

@@ -104,6 +104,18 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {rest:02}s"
 
 
+def size(size_bytes: int) -> str:
+    """`812 B`, `4.2 MiB`, `1.3 GiB`."""
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    value = float(size_bytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} TiB"
+
+
 def when(time: "Timestamp") -> str:
     """Local time to the minute, as `Nov 25 03:26` in this year; empty for a time that isn't set."""
     if not time.seconds:

@@ -108,7 +108,7 @@ class JobRun:
             version=self.job.version,
             backbone=request.backbone,
             dataset=self.job.folder,
-            data_roots=settings.data_roots,
+            data_roots=settings.roots_for(self.job.folder),
             options=request.options,
             checkpoint_dir=self._directory.root.absolute(),
             work_dir=folder.absolute(),

@@ -14,11 +14,13 @@ class TrainingSettings:
 
     `threads` compute in a trainer. Activations are kept on disk while they take `feature_budget_bytes` at most;
     beyond that they are computed in each epoch. `remote_data` are schemes, and beginnings of URIs, from which data may
-    be fetched; `fetched_dir` keeps that, and archives that had to be unpacked.
+    be fetched; `fetched_dir` keeps that, and archives that had to be unpacked. A job may read the
+    uploaded dataset that it is for, which is a folder in `uploads`, and no other one.
     """
 
     work_dir: Path
     data_roots: tuple[Path, ...] = ()
+    uploads: Path | None = None
     weight_files: Mapping[str, Path] = field(default_factory=dict)
     plugin_modules: tuple[str, ...] = ()
     device: str = "auto"
@@ -28,6 +30,11 @@ class TrainingSettings:
     feature_budget_bytes: int = 16 * 2**30
     remote_data: tuple[str, ...] = ()
     fetched_dir: Path | None = None
+
+    def roots_for(self, location: str) -> tuple[Path, ...]:
+        """What a job on the dataset at `location` may read: the data roots, and its folder if it was uploaded."""
+        uploaded = self.uploads is not None and Path(location).parent == self.uploads
+        return (*self.data_roots, Path(location)) if uploaded else self.data_roots
 
 
 class TrainingTelemetry(Protocol):

@@ -1,5 +1,7 @@
 """Whether a job can be done at all: what is found out in the call that asks for it."""
 
+from dataclasses import replace
+
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import invalid
@@ -9,6 +11,7 @@ from backboned.server.training.datasets import Access, check_dataset, resolve_da
 from backboned.server.training.jobs import JobRequest
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.starting_point import warm_start
+from backboned.server.training.uploads import find_upload, is_upload_id
 
 MAX_REQUEST_ID = 128
 
@@ -38,6 +41,12 @@ class Submission:
         if options.warm_start_version is not None:
             warm_start(self._directory, request.model, options.warm_start_version, backbone)
         access = Access(self._settings.data_roots, self._settings.remote_data)
-        location = resolve_dataset(request.dataset, access.roots, access.remote)
-        check_dataset(location, options, access)
+        location = self._location(request.dataset, access)
+        check_dataset(location, options, replace(access, roots=self._settings.roots_for(location)))
         return location
+
+    def _location(self, dataset: str, access: Access) -> str:
+        uploads = self._settings.uploads
+        if uploads is not None and is_upload_id(dataset):
+            return str(find_upload(uploads, dataset, field="dataset"))
+        return resolve_dataset(dataset, access.roots, access.remote)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from backboned.registry.atomic import TEMPORARY_PREFIX
 from backboned.registry.catalogue import Catalogue
@@ -22,6 +23,9 @@ from backboned.server.training.options import TrainingOptions
 from backboned.server.training.outcome import Ask, interrupted, kept_epochs
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
 from backboned.server.training.submission import Submission
+from backboned.server.training.uploads import is_upload_id
+
+Removed = TypeVar("Removed")
 
 BeforeSuccess = Callable[[str, int], Awaitable[None]]
 
@@ -145,6 +149,21 @@ class JobSupervisor:
                 await asyncio.wait_for(run.ended.wait(), _CANCEL_SECONDS)
         return await self.get(job_id)
 
+    async def release(self, folder: Path, remove: Callable[[], Removed]) -> Removed:
+        """Call `remove`, which makes the dataset in `folder` unknown, in a thread; no job can be added meanwhile.
+
+        Raises `BackbonedError` `FAILED_PRECONDITION` if a job that hasn't ended uses the dataset.
+        """
+        async with self._turn:
+            jobs = await asyncio.to_thread(self._store.jobs, states=(JobState.QUEUED, JobState.RUNNING))
+            using = [job.id for job in jobs if job.folder == folder]
+            if using:
+                raise BackbonedError(
+                    ErrorKind.FAILED_PRECONDITION,
+                    f"job {using[0]} uses dataset {folder.name!r}: wait for its end, or cancel it",
+                )
+            return await asyncio.to_thread(remove)
+
     async def _work(self) -> None:
         while True:
             job_id = await self._waiting.get()
@@ -184,6 +203,8 @@ class JobSupervisor:
         _logger.info("job %s %s %s", job.id, final.state.value, final.error)
 
     def _add(self, request: JobRequest, folder: str) -> Job:
+        if is_upload_id(request.dataset) and not Path(folder).exists():  # it was deleted just now
+            raise BackbonedError(ErrorKind.NOT_FOUND, f"dataset {request.dataset!r} has gone", field="dataset")
         limit = self._settings.max_queued_jobs
         if len(self._store.jobs(states=(JobState.QUEUED,))) >= limit:
             raise BackbonedError(

@@ -65,7 +65,7 @@ def make_spec(tmp_path: Path, weights_file: Path) -> MakeSpec:
         dataset: Path,
         *,
         model: str = "colours",
-        feature_budget_bytes: int = 2**30,
+        cache_bytes: int = 2**30,
         device: str = "cpu",
         **options: object,
     ) -> TrainerSpec:
@@ -87,7 +87,9 @@ def make_spec(tmp_path: Path, weights_file: Path) -> MakeSpec:
             device=device,
             threads=1,
             max_image_pixels=10**6,
-            feature_budget_bytes=feature_budget_bytes,
+            precision="fp32",
+            cache_dir=tmp_path / "features",
+            cache_bytes=cache_bytes,
         )
 
     return make

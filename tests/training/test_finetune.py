@@ -17,6 +17,7 @@ from backboned.server.training.events import (
     CheckpointWritten,
     DatasetReport,
     EpochDone,
+    Evaluation,
     FeatureProgress,
     JobEventPayload,
     LogLine,
@@ -80,7 +81,7 @@ def test_a_job_tells_what_it_does_and_writes_a_version_that_can_be_read(
     assert isinstance(report, DatasetReport)
     assert report.train_images + report.validation_images == 36
     assert isinstance(progress, FeatureProgress)
-    assert [type(e) for e in run.events[-8:]] == [EpochDone, CheckpointWritten] * 4
+    assert [type(e) for e in run.events[-9:]] == [EpochDone, CheckpointWritten] * 4 + [Evaluation]
     assert run.manifest.complete
     assert run.manifest.trained == ("head",)
     assert run.manifest.classes == ("blue", "green", "red")
@@ -190,7 +191,7 @@ def test_a_class_of_unreadable_images_fails_the_job(colours: Path, make_spec: Ma
 def test_activations_that_are_too_large_are_computed_each_epoch_with_the_same_result(
     colours: Path, make_spec: MakeSpec
 ) -> None:
-    kept, computed = (Run(make_spec(colours, max_epochs=3, feature_budget_bytes=b)) for b in (2**30, 0))
+    kept, computed = (Run(make_spec(colours, max_epochs=3, cache_bytes=b)) for b in (2**30, 0))
     assert computed.epochs[-1].val_loss == pytest.approx(kept.epochs[-1].val_loss, rel=1e-4)
 
 

@@ -61,7 +61,7 @@ class Manifest:
     """What a version is: its backbone, classes, stage digests (of its best epoch), epochs and where it came from.
 
     `complete` turns true when its job has ended well; a dropped file is complete from the start. `trained` names the
-    stages whose tensors its files hold. For a dropped file, `adopted_from` is its name and `adopted_key` what tells it
+    stages whose tensors the best one holds. For a dropped file, `adopted_from` is its name and `adopted_key` what tells it
     from a changed one. `options`, `dataset` and `versions` are for people: how it was trained, on what, by which torch.
     """
 
@@ -87,11 +87,14 @@ class Manifest:
         """The epoch that serves."""
         return next(e for e in self.epochs if e.epoch == self.best_epoch)
 
-    def with_epoch(self, epoch: Epoch, *, best: bool, stages: Mapping[str, str]) -> "Manifest":
-        """This manifest with one more epoch, which becomes the best one and lends its stage digests if `best`."""
+    def with_epoch(
+        self, epoch: Epoch, *, best: bool, stages: Mapping[str, str], trained: tuple[str, ...] | None = None
+    ) -> "Manifest":
+        """This manifest with one more epoch, which if `best` becomes the best one, and lends its stages."""
         kept = tuple(e for e in self.epochs if e.epoch != epoch.epoch)
         if best or not kept:
-            return replace(self, epochs=(*kept, epoch), best_epoch=epoch.epoch, stages=stages)
+            names = self.trained if trained is None else trained
+            return replace(self, epochs=(*kept, epoch), best_epoch=epoch.epoch, stages=stages, trained=names)
         return replace(self, epochs=(*kept, epoch))
 
     def write(self, folder: Path) -> None:

@@ -57,9 +57,14 @@ class VersionWriter:
         loss: float,
         metrics: EpochMetrics,
         best: bool,
+        trained: tuple[str, ...] | None = None,
         answers: Answers | None = None,
     ) -> Epoch:
-        """Write `epoch-NNNN.pt` and then the manifest. `stages` has the digests of the whole chain at this epoch."""
+        """Write `epoch-NNNN.pt` and then the manifest.
+
+        `stages` has the digests of the whole chain at this epoch, `trained` the names of those that `tensors` are of,
+        if these aren't the manifest's.
+        """
         name = f"epoch-{epoch:04d}.pt"
         content = {
             "epoch": epoch,
@@ -80,7 +85,7 @@ class VersionWriter:
         path = self._folder / name
         write_atomically(path, lambda file: torch.save(content, file))
         record = Epoch(epoch, name, file_digest(path), path.stat().st_size, time.time(), metrics)
-        self.manifest = self.manifest.with_epoch(record, best=best, stages=stages)
+        self.manifest = self.manifest.with_epoch(record, best=best, stages=stages, trained=trained)
         self.manifest.write(self._folder)
         return record
 

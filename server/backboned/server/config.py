@@ -107,6 +107,9 @@ class Config(BaseSettings):
         default=20.0, ge=0, le=3600, description="How long a stop waits for what is under way."
     )
     training_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a trainer; 0 chooses.")
+    cache_size: ByteSize = Field(
+        default=ByteSize(16 * 2**30), ge=0, description="Bytes of features that are kept for further jobs, as in 16GiB."
+    )
     max_queued_jobs: int = Field(default=1000, ge=1, description="FineTune jobs that may wait.")
     upload_quota: ByteSize = Field(
         default=ByteSize(32 * 2**30), ge=0, description="Bytes of images that may be uploaded, as in 32GiB."

@@ -235,6 +235,10 @@ def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings
     threads = config.training_threads or os.cpu_count() or 1
     return TrainingSettings(
         work_dir=config.state_dir.absolute() / "work",
+        cache_dir=config.state_dir.absolute() / "features",
+        cache_bytes=config.cache_size,
+        compiled_dir=config.state_dir.absolute() / COMPILED_NAME if config.compile == "auto" else None,
+        precision=config.precision,
         data_roots=tuple(root.absolute() for root in config.data_root),
         remote_data=config.remote_data,
         fetched_dir=config.state_dir.absolute() / "fetched",

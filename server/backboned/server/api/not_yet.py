@@ -23,6 +23,5 @@ class NotYet(pb_grpc.ModelServiceServicer):
         _refuse("DeleteModelVersion", "remove the version's folder from the checkpoint directory")
 
 
-
 def _refuse(rpc: str, instead: str) -> NoReturn:
     raise BackbonedError(ErrorKind.UNIMPLEMENTED, f"{rpc} is not in this version of the daemon: {instead}")

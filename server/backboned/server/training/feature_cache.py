@@ -149,7 +149,7 @@ def _keys(digests: Tensor, views: Tensor) -> Iterator[RowKey]:
 
 
 def _sum(row: Tensor) -> int:
-    return zlib.crc32(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -1,83 +1,103 @@
-"""The first part of a job: every image through the frozen stages, and what can't be read left out."""
+"""The first part of a job: the features of every image, and what can't be read left out."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
 from backboned.registry.errors import BackbonedError, ErrorKind
-from backboned.server.training.datasets import Dataset, Sample
+from backboned.server.training.datasets import Dataset, Findings, Inspector, Sample
 from backboned.server.training.events import FeatureProgress, SkippedFile
-from backboned.server.training.features import Features, Frozen, Images, MappedFeatures
-from backboned.server.training.loop import Split
-from backboned.server.training.options import TrainingOptions
+from backboned.server.training.feature_cache import FeatureCache
+from backboned.server.training.features import Features, Frozen, Images, Prepared
+from backboned.server.training.splits import Split
 
 _SECONDS_BETWEEN_REPORTS = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A dataset without what can't be read, the features of its parts, and what was seen on the way.
+
+    `test` is None where nothing is held back. `cached` tells whether all features lie in the cache.
+    """
+
+    dataset: Dataset
+    train: Split
+    validation: Split
+    test: Split | None
+    unreadable: tuple[SkippedFile, ...]
+    findings: Findings
+    cached: bool
 
 
 class FeaturePass:
     """Computes the features of a dataset. For one thread, and for one dataset."""
 
-    def __init__(
-        self,
-        frozen: Frozen,
-        options: TrainingOptions,
-        *,
-        folder: Path,
-        budget_bytes: int,
-        workers: int,
-        max_image_pixels: int,
-    ) -> None:
-        """`folder` takes the files; activations are kept while they take `budget_bytes`, and half the disk, at most."""
+    def __init__(self, frozen: Frozen, cache: FeatureCache, *, views: int, workers: int, max_image_pixels: int) -> None:
+        """`views` are taken of the images that train."""
         self._frozen = frozen
-        self._options = options
-        self._folder = folder
-        self._budget_bytes = budget_bytes
+        self._cache = cache
+        self._views = views
         self._workers = workers
         self._max_pixels = max_image_pixels
 
-    def run(
-        self, dataset: Dataset, report: Callable[[FeatureProgress], None], check: Callable[[], None]
-    ) -> tuple[Split, Split, list[SkippedFile]]:
-        """The features of the images that train and of those that validate, and what can't be read.
+    def run(self, dataset: Dataset, report: Callable[[FeatureProgress], None], check: Callable[[], None]) -> Parts:
+        """The features of all images of all parts.
 
-        `report` is called about once a second, `check` after every few images; what it raises ends the pass.
+        `report` is called about once a second, `check` after every few images; what it raises ends the pass. Raises
+        `BackbonedError` `INVALID_ARGUMENT` if a class has no training image left, or nothing validates.
         """
-        views = self._options.views
-        progress = _Progress(len(dataset.train) * views + len(dataset.validation), report, check)
-        train, first = self._part(dataset, dataset.train, views, "train", progress)
-        validation, second = self._part(dataset, dataset.validation, 1, "validation", progress)
-        return train, validation, [*first, *second]
-
-    def _part(
-        self, dataset: Dataset, samples: Sequence[Sample], views: int, name: str, progress: "_Progress"
-    ) -> tuple[Split, list[SkippedFile]]:
-        features: Features = MappedFeatures(
-            Images(dataset, samples, views, self._frozen.preprocessing, self._options.seed, self._max_pixels),
-            self._frozen,
-            self._folder / name,
-            budget_bytes=min(self._budget_bytes, shutil.disk_usage(self._folder).free // 2),
-            workers=self._workers,
+        progress = _Progress(
+            len(dataset.train) * self._views + len(dataset.validation) + len(dataset.test), report, check
         )
-        reasons = features.prepare(progress.done)
-        kept = torch.tensor([i for i in range(len(samples)) if i not in reasons], dtype=torch.int64)
-        targets = dataset.targets(samples)[kept].to(self._frozen.device.device)
-        unreadable = [SkippedFile(samples[i].path, reasons[i]) for i in sorted(reasons)]
-        return Split(features, kept, targets, views), unreadable
+        inspector = Inspector(dataset, crop_size=self._frozen.preprocessing.crop_size)
+        unreadable: list[SkippedFile] = []
+
+        def part(samples: Sequence[Sample], views: int) -> tuple[Split, bool]:
+            images = Images(
+                lambda index: dataset.read(samples[index]),
+                len(samples),
+                views,
+                self._frozen.preprocessing,
+                self._max_pixels,
+            )
+            features = Features(images, self._frozen, self._cache, workers=self._workers)
+            done = features.prepare(progress.within_part)
+            progress.part_done(done, len(samples) * views)
+            unreadable.extend(SkippedFile(samples[i].path, done.unreadable[i]) for i in sorted(done.unreadable))
+            for index, record in done.records.items():
+                inspector.add(samples[index], record)
+            kept = torch.tensor([i for i in range(len(samples)) if i not in done.unreadable], dtype=torch.int64)
+            targets = dataset.targets(samples)[kept].to(self._frozen.device.device)
+            return Split(features, kept, targets, views), features.cached
+
+        train, first = part(dataset.train, self._views)
+        validation, second = part(dataset.validation, 1)
+        test, third = part(dataset.test, 1) if dataset.test else (None, True)
+        rest = _without(dataset, unreadable)
+        _check_whole(rest, unreadable)
+        return Parts(
+            rest,
+            train,
+            validation,
+            test if test is not None and len(test) else None,
+            tuple(unreadable),
+            inspector.findings(),
+            first and second and third,
+        )
 
 
-def without(dataset: Dataset, unreadable: Sequence[SkippedFile]) -> Dataset:
-    """`dataset` without what can't be read."""
+def _without(dataset: Dataset, unreadable: Sequence[SkippedFile]) -> Dataset:
     lost = {file.path for file in unreadable}
-    train, validation = (tuple(s for s in part if s.path not in lost) for part in (dataset.train, dataset.validation))
-    return replace(dataset, train=train, validation=validation)
+    train, validation, test = (
+        tuple(s for s in part if s.path not in lost) for part in (dataset.train, dataset.validation, dataset.test)
+    )
+    return replace(dataset, train=train, validation=validation, test=test)
 
 
-def check_whole(dataset: Dataset, unreadable: Sequence[SkippedFile]) -> None:
-    """Raise `BackbonedError` `INVALID_ARGUMENT` if a class has no training image left, or nothing validates."""
+def _check_whole(dataset: Dataset, unreadable: Sequence[SkippedFile]) -> None:
     left = {label for s in dataset.train for label in s.labels}
     gone = [name for i, name in enumerate(dataset.classes) if i not in left]
     if dataset.validation and not gone:
@@ -90,17 +110,34 @@ def check_whole(dataset: Dataset, unreadable: Sequence[SkippedFile]) -> None:
 
 
 class _Progress:
+    """Tells how far the pass is, over all parts."""
+
     def __init__(self, total: int, report: Callable[[FeatureProgress], None], check: Callable[[], None]) -> None:
         self._total = total
         self._report = report
         self._check = check
-        self._done = 0
-        self._start = self._reported = time.monotonic()
+        self._rows = self._cached = self._computed = 0
+        self._reported = time.monotonic()
+        self._begun: float | None = None
 
-    def done(self, rows: int) -> None:
+    def within_part(self, done: Prepared) -> None:
+        """So far in the part under way."""
         self._check()
-        self._done += rows
         now = time.monotonic()
-        if self._done == self._total or now - self._reported >= _SECONDS_BETWEEN_REPORTS:
-            self._reported = now
-            self._report(FeatureProgress(self._done, self._total, self._done / max(now - self._start, 1e-9)))
+        if done.computed and self._begun is None:
+            self._begun = self._reported
+        if now - self._reported >= _SECONDS_BETWEEN_REPORTS:
+            self._tell(self._rows + done.cached + done.computed, done, now)
+
+    def part_done(self, done: Prepared, rows: int) -> None:
+        """A part is done: so many rows of it, whatever became of them."""
+        self._rows += rows
+        self._tell(self._rows, done, time.monotonic())
+        self._cached += done.cached
+        self._computed += done.computed
+
+    def _tell(self, rows: int, done: Prepared, now: float) -> None:
+        self._reported = now
+        seconds = 0.0 if self._begun is None else now - self._begun
+        speed = (self._computed + done.computed) / seconds if seconds > 0 else 0.0
+        self._report(FeatureProgress(rows, self._total, speed, self._cached + done.cached))

@@ -17,6 +17,7 @@ from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import augment, normalise, read
 from backboned.server.compute.stages import LoadedStage, run_path
+from backboned.server.training.datasets import Record, inspect
 from backboned.server.training.feature_cache import CacheSpace, FeatureCache, RowKey
 
 BATCH = {"cpu": 16, "cuda": 64}
@@ -111,9 +112,13 @@ class Images:
 
 @dataclass
 class Prepared:
-    """What became of a pass over all images: why some can't be read, by index, and how many rows came whence."""
+    """What became of a pass over all images: why some can't be read, by index, and how many rows came whence.
+
+    `records` are what is known of the images, by index: of those that are computed now, or were by an earlier job.
+    """
 
     unreadable: dict[int, str] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
     cached: int = 0
     computed: int = 0
 
@@ -131,8 +136,10 @@ class Features:
         self._workers = workers
         self._cache = cache
         self._space = cache.space(frozen.describe())
+        self._record_space = cache.space({"records": _RECIPE, "preprocessing": frozen.preprocessing.to_dict()})
         self._digests: list[bytes | None] = [None] * images.count
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        self._recorded: set[int] = set()
 
     @property
     def cached(self) -> bool:
@@ -154,6 +161,7 @@ class Features:
             if (place := found.get(self._key(*row))) is not None:
                 self._places[row] = place
         done.cached = len(self._places)
+        self._find_records(done)
         progress(done)
         missing = [row for row in wanted if row not in self._places]
         if missing and self._cache.holds(len(wanted) * self._row_bytes()):
@@ -169,7 +177,8 @@ class Features:
         rows = list(zip(images.tolist(), views.tolist(), strict=True))
         if all(row in self._places for row in rows):
             return self._frozen.inputs(self._space.rows([self._places[row] for row in rows]))
-        return self._frozen.inputs(torch.cat([part for _, part in self._in_parallel(rows, {})]))
+        values = [batch.values for batch in self._in_parallel(rows)]
+        return self._frozen.inputs(torch.cat([part for part in values if part is not None]))
 
     def _read_digests(self, done: Prepared, progress: Callable[[Prepared], None]) -> None:
         def digest(index: int) -> bytes | str:
@@ -207,40 +216,57 @@ class Features:
     def _compute(self, missing: list[tuple[int, int]], done: Prepared, progress: Callable[[Prepared], None]) -> None:
         keeper = _Keeper(self._space, self._places, self._key)
         try:
-            for rows, values in self._in_parallel(missing, done.unreadable):
-                keeper.take(rows, values)
-                done.computed += len(rows)
+            for batch in self._in_parallel(missing):
+                done.unreadable |= batch.reasons
+                done.records |= batch.records
+                done.computed += len(batch.rows)
+                if batch.values is not None:
+                    keeper.take(batch.rows, batch.values)
                 progress(done)
         finally:
             keeper.flush()
+            self._keep_records(done)
 
-    def _in_parallel(
-        self, rows: Sequence[tuple[int, int]], unreadable: dict[int, str]
-    ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    def _find_records(self, done: Prepared) -> None:
+        found = self._record_space.find({self._key(i, 0) for i, digest in enumerate(self._digests) if digest})
+        for index, digest in enumerate(self._digests):
+            if digest and (place := found.get(RowKey(digest, 0))) is not None:
+                done.records[index] = Record.from_bytes(self._record_space.rows([place]).numpy().tobytes())
+        self._recorded = set(done.records)
+
+    def _keep_records(self, done: Prepared) -> None:
+        new = [index for index in done.records if index not in self._recorded]
+        if new:
+            content = bytearray(b"".join(done.records[index].to_bytes() for index in new))
+            rows = torch.frombuffer(content, dtype=torch.uint8).view(len(new), -1)
+            self._record_space.add([self._key(index, 0) for index in new], rows)
+
+    def _in_parallel(self, rows: Sequence[tuple[int, int]]) -> Iterator["_Batch"]:
         """Compute rows in their order, a batch at a time; those of unreadable images are left out, and told."""
-
-        def compute(chunk: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], Tensor | None, dict[int, str]]:
-            by_image: dict[int, list[int]] = {}
-            for index, view in chunk:
-                by_image.setdefault(index, []).append(view)
-            kept: list[tuple[int, int]] = []
-            pixels: list[Tensor] = []
-            reasons: dict[int, str] = {}
-            for index, views in by_image.items():
-                try:
-                    pixels.append(self._images.pixels(self._images.load(index), views))
-                    kept += [(index, view) for view in views]
-                except (BackbonedError, OSError) as error:
-                    reasons[index] = _reason(error)
-            return kept, self._frozen.rows(torch.cat(pixels)) if pixels else None, reasons
-
         size = self._frozen.batch
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for kept, values, reasons in _in_order(pool, compute, chunks, 2 * self._workers):
-                unreadable.update(reasons)
-                if values is not None:
-                    yield kept, values
+            yield from _in_order(pool, self._batch, chunks, 2 * self._workers)
+
+    def _batch(self, chunk: Sequence[tuple[int, int]]) -> "_Batch":
+        by_image: dict[int, list[int]] = {}
+        for index, view in chunk:
+            by_image.setdefault(index, []).append(view)
+        batch, pixels = _Batch(), []
+        for index, views in by_image.items():
+            try:
+                data = self._images.load(index)
+                taken = self._images.pixels(data, views)
+            except (BackbonedError, OSError) as error:
+                batch.reasons[index] = _reason(error)
+                continue
+            pixels.append(taken)
+            batch.rows += [(index, view) for view in views]
+            if views[0] == 0 and index not in self._recorded:
+                batch.records[index] = inspect(data, taken[0])
+        if pixels:
+            batch.values = self._frozen.rows(torch.cat(pixels))
+        return batch
 
     def _key(self, index: int, view: int) -> RowKey:
         digest = self._digests[index]
@@ -248,8 +274,17 @@ class Features:
         return RowKey(digest, view)
 
     def _row_bytes(self) -> int:
-        pixels = torch.zeros(1, *self._frozen.preprocessing.input_shape, dtype=torch.uint8)
-        return self._frozen.rows(pixels).nbytes
+        return self._frozen.rows(blank(self._frozen.preprocessing)).nbytes
+
+
+@dataclass
+class _Batch:
+    """Rows, what they are (`[n, …]`, None if there are none), and what was seen of their images, by index."""
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    values: Tensor | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
 
 
 class _Keeper:
@@ -297,6 +332,11 @@ def _in_order(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def blank(preprocessing: Preprocessing) -> Tensor:
+    """A black image, prepared: `[1, 3, crop, crop]` uint8."""
+    return torch.zeros(1, *preprocessing.input_shape, dtype=torch.uint8)
 
 
 def _reason(error: Exception) -> str:

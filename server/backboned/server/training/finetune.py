@@ -1,7 +1,9 @@
-"""A job from its spec to its last checkpoint."""
+"""A job from its spec to its version's report."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,31 +11,49 @@ from torch import Tensor
 from backboned.registry.backbone import Backbone
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
-from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.recognise import Recogniser
-from backboned.registry.version import VersionReader, VersionWriter, library_versions
+from backboned.registry.version import VersionReader
 from backboned.registry.weights import StageWeights, WeightStore
 from backboned.server.compute.device import Device
-from backboned.server.compute.stages import StageStore
 from backboned.server.training.datasets import Access, Dataset, Store, read_dataset
-from backboned.server.training.events import CheckpointWritten, EpochDone, JobEventPayload, LogLine
-from backboned.server.training.feature_pass import FeaturePass, check_whole, without
-from backboned.server.training.features import Frozen
-from backboned.server.training.loop import Split, Trainer
-from backboned.server.training.network import Network, boundary
+from backboned.server.training.epochs import Trained
+from backboned.server.training.events import DatasetReport, JobEventPayload, LogLine
+from backboned.server.training.feature_cache import FeatureCache
+from backboned.server.training.feature_pass import FeaturePass, Parts
+from backboned.server.training.frozen_stages import frozen_stages
+from backboned.server.training.heads.trainer import HeadTrainer
+from backboned.server.training.judging import evaluate
+from backboned.server.training.network import Network, last_stages
 from backboned.server.training.objective import Objective
-from backboned.server.training.options import TrainingOptions
+from backboned.server.training.options import AUTO_STAGES, TrainingOptions
+from backboned.server.training.outputs import Judge
+from backboned.server.training.precision import Precision
+from backboned.server.training.record import Record
+from backboned.server.training.report.photos import Judged
+from backboned.server.training.report.writing import write_report
+from backboned.server.training.resume import ResumeFile
 from backboned.server.training.spec import TrainerSpec
+from backboned.server.training.splits import Split, through
+from backboned.server.training.stages_trainer import StagesTrainer
 from backboned.server.training.starting_point import StartingPoint, warm_start
 
+PROBE_EPOCHS = 10
+FRESH_HEAD_FACTOR = 10.0
+"""A new head that no probe could be fitted to learns so many times faster than the pretrained stages."""
+
+NOISE = 1.64
+"""Standard errors that a gain must exceed to be none by chance in 19 of 20 cases."""
+
 Emit = Callable[[JobEventPayload], None]
+Check = Callable[[], None]
 
 
-def finetune(spec: TrainerSpec, emit: Emit, check: Callable[[], None]) -> None:
-    """Train the version that `spec` asks for: a checkpoint and a manifest after every epoch.
+def finetune(spec: TrainerSpec, emit: Emit, check: Check) -> None:
+    """Train the version that `spec` asks for: a checkpoint and a manifest after every epoch, and a report at the end.
 
-    `check` is called often; what it raises ends the work, and the checkpoints that are written stay. Raises
-    `BackbonedError` and `OSError`. Uses the whole process: thread counts, torch's random generators.
+    Goes on from where an earlier call with the same work folder was ended. `check` is called often; what it raises ends
+    the work, and the checkpoints that are written stay. Raises `BackbonedError` and `OSError`. Uses the whole process:
+    thread counts, torch's random generators.
     """
     catalogue = Catalogue.installed(spec.plugin_modules)
     backbone = catalogue.get(spec.backbone)
@@ -44,17 +64,18 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Callable[[], None]) -> None:
     start = _starting_point(spec, catalogue, backbone, options, dataset.classes)
     if start.head_rows:
         emit(LogLine(f"the head keeps {start.head_rows} rows of version {options.warm_start_version}"))
-
-    device = Device.choose(spec.device, "fp32")
-    dataset, train, validation = _features(spec, device, backbone, options, start, dataset, emit, check)
-    objective = Objective.balanced(options.task, train.targets, len(dataset.classes))
-    network = Network.build(backbone, start.stages, options.trainable_stages, device.device)
-    trainer = Trainer(network, objective, options)
-    record = _Record(spec, backbone, options, dataset, start)
-    for epoch in trainer.epochs(train, validation, check):
-        emit(epoch)
-        emit(record.write(epoch, network, trainer.optimizer_state))
-    record.complete()
+    auto = options.trainable_stages == (AUTO_STAGES,)
+    if auto:
+        sizes = {name: sum(t.numel() for t in weights.tensors.values()) for name, weights in start.stages.items()}
+        options = replace(options, trainable_stages=last_stages(backbone, sizes)).validated(backbone)
+    device = Device.choose(spec.device, spec.precision)
+    parts, report = _features(spec, device, backbone, options, start, dataset, emit, check)
+    job = _Job(spec, backbone, options, start, parts, Precision.of(device), emit, check)
+    if options.trainable_stages:
+        job.train_stages(auto=auto)
+    else:
+        job.train_head()
+    job.finish(report)
 
 
 def _starting_point(
@@ -78,96 +99,186 @@ def _features(  # noqa: PLR0917 - what a job consists of
     start: StartingPoint,
     dataset: Dataset,
     emit: Emit,
-    check: Callable[[], None],
-) -> tuple[Dataset, Split, Split]:
-    """The features of both parts, and the dataset without what can't be read."""
-    below = backbone.chain[: boundary(backbone, options.trainable_stages)]
-    store = StageStore(device)
-    path = tuple(store.get(backbone, stage, start.stages[stage.name]) for stage in below)
+    check: Check,
+) -> tuple[Parts, DatasetReport]:
+    """The features of all parts, and what there is to say of the dataset now that each image has been looked at."""
     feature_pass = FeaturePass(
-        Frozen(path, start.preprocessing, device),
-        options,
-        folder=spec.work_dir,
-        budget_bytes=spec.feature_budget_bytes,
+        frozen_stages(spec, device, backbone, options, start),
+        FeatureCache(spec.cache_dir, limit_bytes=spec.cache_bytes),
+        views=options.views,
         workers=spec.threads,
         max_image_pixels=spec.max_image_pixels,
     )
     torch.set_num_threads(1)  # each worker of the pass has a core to itself
-    train, validation, unreadable = feature_pass.run(dataset, emit, check)
+    parts = feature_pass.run(dataset, emit, check)
     torch.set_num_threads(spec.threads)
-    if unreadable:
-        dataset = without(dataset, unreadable)
-        emit(dataset.report(unreadable))
-        check_whole(dataset, unreadable)
-    return dataset, train, validation
+    report = parts.dataset.report(parts.unreadable, parts.findings)
+    if parts.unreadable or parts.findings.duplicates or parts.findings.warnings:
+        emit(report)
+    if not parts.cached:
+        emit(LogLine("the features don't fit into the cache and are computed in every epoch: raise --cache-size"))
+    return parts, report
 
 
-class _Record:
-    """Writes a job's checkpoints: the tensors of stages that aren't the backbone's own, and the digests of all."""
+class _Job:
+    """Training and its record, once the features are there. For one thread."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what a job consists of
         self,
         spec: TrainerSpec,
         backbone: Backbone,
         options: TrainingOptions,
-        dataset: Dataset,
         start: StartingPoint,
+        parts: Parts,
+        precision: Precision,
+        emit: Emit,
+        check: Check,
     ) -> None:
-        self._stages = dict(start.stages)
-        written = {n for n in start.own | set(options.trainable_stages) if start.stages[n].tensors}
-        self._written = tuple(s.name for s in backbone.chain if s.name in written)
-        manifest = Manifest(
-            model=spec.model,
-            version=spec.version,
-            backbone=backbone.name,
-            task=options.task,
-            classes=dataset.classes,
-            stages={},
-            preprocessing=start.preprocessing,
-            epochs=(),
-            best_epoch=0,
-            complete=False,
-            trained=self._written,
-            dataset=_description(dataset),
-            options=options.to_dict(),
-            versions=library_versions(),
+        self._spec = spec
+        self._backbone = backbone
+        self._options = options
+        self._start = start
+        self._parts = parts
+        self._precision = precision
+        self._emit, self._check = emit, check
+        self._objective = Objective.balanced(options.task, parts.train.targets, len(parts.dataset.classes))
+        self._record = Record(spec, backbone, options, parts.dataset, start)
+        self._judge = Judge(backbone, options.trainable_stages, precision, parts.train, parts.validation, check=check)
+        self._resume = ResumeFile(spec.work_dir)
+
+    def train_head(self) -> None:
+        """The head alone, on features that lie in the cache."""
+        trainer = self._head_trainer(self._start, self._options, self._parts.train, self._parts.validation)
+        if trainer.cross_validated:
+            self._emit(LogLine("few images train: cross-validation over them chooses the head, not validation"))
+        self._follow(trainer, 0, lambda trained: trained.done.best)
+
+    def train_stages(self, *, auto: bool) -> None:
+        """The head by itself first, then the stages with it; `auto`: these count only for more than noise."""
+        if "head" not in self._resume.state:
+            self._probe(auto=auto)
+        state = self._resume.state
+        probed = state["head"] is not None
+        head = StageWeights.of(state["head"]) if probed else self._start.stages[self._backbone.head.name]
+        stages = {**self._start.stages, self._backbone.head.name: head}
+        network = Network.build(self._backbone, stages, self._options.trainable_stages, self._precision.device)
+        trainer = StagesTrainer(
+            network,
+            self._objective,
+            self._options,
+            self._parts.train,
+            self._parts.validation,
+            precision=self._precision,
+            head_factor=1.0 if probed or self._start.head_rows else FRESH_HEAD_FACTOR,
         )
-        self._writer = VersionWriter(
-            CheckpointDirectory(spec.checkpoint_dir).version(spec.model, spec.version), manifest
+        began = time.monotonic()
+        rights = state["rights"] if auto and probed else None
+        self._follow(
+            trainer,
+            0 if rights is None else 1,
+            lambda trained: trained.done.best and (rights is None or _gain(rights, trained.rights) > 0),
+        )
+        if rights is not None:
+            self._tell_gain(float(rights.mean()), time.monotonic() - began)
+
+    def finish(self, report: DatasetReport) -> None:
+        """Say that the version is complete, judge it, and write its report."""
+        dataset, manifest = self._parts.dataset, self._record.manifest
+        stages = self._record.stages(self._resume.state["best"])
+        answers = self._judge.answers(manifest.task, len(dataset.classes), stages)
+        validation = self._judge.outputs(stages, self._parts.validation)
+        test = None if self._parts.test is None else self._judge.outputs(stages, self._parts.test)
+        self._record.complete()
+        evaluation = evaluate(
+            manifest.task, dataset.classes, answers, manifest.best_epoch, validation=validation, test=test
+        )
+        self._emit(evaluation)
+        samples = {s.path: s for s in (*dataset.validation, *dataset.test)}
+        write_report(
+            self._record.folder,
+            manifest=self._record.manifest,
+            answers=answers,
+            evaluation=evaluation,
+            validation=Judged(validation, [s.path for s in dataset.validation]),
+            test=None if test is None else Judged(test, [s.path for s in dataset.test]),
+            dataset=report,
+            read=lambda path: dataset.read(samples[path]),
+            max_image_pixels=self._spec.max_image_pixels,
         )
 
-    def write(self, done: EpochDone, network: Network, optimizer_state: Mapping[str, Any]) -> CheckpointWritten:
-        for name, tensors in network.tensors():
-            self._stages[name] = StageWeights.of({k: t.detach().cpu().clone() for k, t in tensors.items()})
-        epoch = self._writer.write(
-            done.epoch,
-            {k: t for name in self._written for k, t in self._stages[name].tensors.items()},
-            stages={name: weights.digest for name, weights in self._stages.items()},
-            optimizer_state=_on_cpu(optimizer_state),
-            loss=done.train_loss,
-            metrics=EpochMetrics(done.train_loss, done.train_accuracy, done.val_loss, done.val_accuracy),
-            best=done.best,
+    def _follow(self, trainer: HeadTrainer | StagesTrainer, before: int, is_best: Callable[[Trained], bool]) -> None:
+        """Train to the end, keeping each epoch and then the state to go on from; `before` epochs were kept already."""
+        if (kept := self._resume.state.get("trainer")) is not None:
+            trainer.load_state_dict(kept)
+        for trained in trainer.epochs(self._check):
+            epoch = trained.done.epoch + before
+            self._keep(epoch, trained, best=is_best(trained))
+            self._resume.write(trainer=trainer.state_dict())
+
+    def _keep(self, epoch: int, trained: Trained, *, best: bool) -> None:
+        stages = self._record.stages(trained.stages)
+        best = best or epoch == 1
+        classes = len(self._parts.dataset.classes)
+        answers = self._judge.answers(self._options.task, classes, stages) if best else None
+        self._emit(replace(trained.done, epoch=epoch, best=best))
+        self._emit(self._record.write(epoch, trained, stages, best=best, answers=answers))
+        if best:
+            self._resume.state["best"] = {name: dict(stages[name].tensors) for name in trained.stages}
+
+    def _probe(self, *, auto: bool) -> None:
+        """The best head on what the stages make of images before they train; none if that is too large for memory."""
+        network = Network.build(
+            self._backbone, self._start.stages, self._options.trainable_stages, self._precision.device
         )
-        return CheckpointWritten(epoch.epoch, epoch.file, epoch.sha256, epoch.size_bytes, epoch.create_time, done.best)
+        network.train(False)
 
-    def complete(self) -> None:
-        self._writer.complete()
+        def features(x: Tensor) -> Tensor:
+            with torch.no_grad(), self._precision():
+                return network.features(x)
+
+        train, validation = (
+            through(part, features, self._check) for part in (self._parts.train, self._parts.validation)
+        )
+        if train is None or validation is None:
+            self._resume.write(head=None, rights=None)
+            return
+        options = replace(
+            self._options,
+            learning_rate=None,
+            weight_decay=None,
+            max_epochs=min(self._options.max_epochs, PROBE_EPOCHS),
+        )
+        trainer = self._head_trainer(self._start, options, train, validation)
+        best: Trained | None = None
+        for trained in trainer.epochs(self._check):
+            if trained.done.best:
+                best = trained
+        assert best is not None  # the first epoch is the best so far
+        self._emit(LogLine(f"the head alone has a validation accuracy of {best.done.val_accuracy:.4f}"))
+        if auto:
+            self._keep(1, best, best=True)
+        head = {k: t.detach().cpu().clone() for k, t in best.stages[self._backbone.head.name].items()}
+        self._resume.write(head=head, rights=best.rights)
+
+    def _head_trainer(
+        self, start: StartingPoint, options: TrainingOptions, train: Split, validation: Split
+    ) -> HeadTrainer:
+        head = start.stages[self._backbone.head.name].tensors
+        warm = bool(start.head_rows)
+        return HeadTrainer(self._backbone, head, self._objective, options, train, validation, warm=warm)
+
+    def _tell_gain(self, probe: float, seconds: float) -> None:
+        best = self._record.manifest.best
+        names = ", ".join(self._options.trainable_stages)
+        if best.epoch == 1:
+            text = f"the head alone stays: training {names} too gained no more than noise"
+        else:
+            text = f"training {names} too: validation accuracy {probe:.4f} → {best.metrics.val_accuracy:.4f}"
+        self._emit(LogLine(f"{text}, in {seconds:.0f} s"))
 
 
-def _description(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "folder": dataset.location,
-        "fingerprint": dataset.fingerprint,
-        "train_images": len(dataset.train),
-        "validation_images": len(dataset.validation),
-        "test_images": len(dataset.test),
-    }
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested plain values, their tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, Mapping):
-        return {k: _on_cpu(v) for k, v in value.items()}
-    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
+def _gain(before: Tensor, after: Tensor) -> float:
+    """What was gained on the same images beyond the noise: the mean difference less 1.64 of its standard errors."""
+    difference = (after - before).double()
+    noise = float(difference.std(unbiased=False)) / math.sqrt(len(difference))
+    return float(difference.mean()) - NOISE * noise

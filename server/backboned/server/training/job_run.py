@@ -1,16 +1,26 @@
-"""One job while it runs: its trainer process, what that tells, and how it ends."""
+"""One job while it runs: its trainer processes, what they tell, and how it ends."""
 
 import asyncio
 import logging
 import shutil
+from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
 
 from backboned.registry.directory import CheckpointDirectory
-from backboned.server.training.events import EpochDone, FeatureProgress, JobEventPayload, JobState, StateChanged
+from backboned.server.training.events import (
+    CheckpointWritten,
+    EpochDone,
+    Evaluation,
+    FeatureProgress,
+    JobEventPayload,
+    JobState,
+    LogLine,
+    StateChanged,
+)
 from backboned.server.training.jobs import Job
 from backboned.server.training.journal import JobJournal
-from backboned.server.training.outcome import Ask, kept_epochs, outcome
+from backboned.server.training.outcome import Ask, Ended, kept_epochs, outcome
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
 from backboned.server.training.spec import TrainerSpec
 from backboned.server.training.trainer_process import TrainerProcess
@@ -20,10 +30,11 @@ WORK_PREFIX = "job-"
 
 _logger = logging.getLogger(__name__)
 _KILL_AFTER_SECONDS = 10.0
+_PAUSE_SECONDS = 0.5
 
 
 class JobRun:
-    """Runs one job. For the event loop's thread."""
+    """Runs one job, by as many trainer processes as it takes. For the event loop's thread."""
 
     def __init__(
         self,
@@ -41,46 +52,77 @@ class JobRun:
         self._telemetry = telemetry
         self._asked: Ask | None = None
         self._stop = asyncio.Event()
-        self._rows = 0
+        self._told: set[Hashable] = set()
+        self._furthest: tuple[int, int] = (0, 0)
+        self._counted = FeatureProgress(0, 0, 0.0)
 
     def ask(self, why: Ask) -> None:
         """Ask the trainer to stop; the first reason counts. Returns at once: wait for `ended`."""
         self._asked = self._asked or why
         self._stop.set()
 
-    async def run(self) -> StateChanged:
-        """Train, publishing events, and return the final state without publishing it."""
-        folder = self._settings.work_dir / f"{WORK_PREFIX}{self.job.id}"
+    async def run(self) -> StateChanged | None:
+        """Train, publishing events, and return the final state without publishing it.
+
+        A trainer that dies is followed by another one, which goes on from the last epoch. None if the daemon stops
+        first: the job's folder stays, and its next run goes on from there.
+        """
+        folder = work_folder(self._settings, self.job.id)
+        final: StateChanged | None = StateChanged(JobState.FAILED, "the job could not be run")
         try:
-            await asyncio.to_thread(folder.mkdir, parents=True)
-            told, ended = await self._train(folder)
+            self._told = {_identity(event.payload) for event in await self._journal.so_far(self.job.id)}
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+            final = await self._train_to_the_end(folder)
         except Exception as error:  # a full disk, no process to be had: the job fails, the daemon goes on
             _logger.exception("job %s could not be run", self.job.id)
-            told, ended = None, f"the job could not be run: {error}"
+            final = StateChanged(JobState.FAILED, f"the job could not be run: {error}")
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        kept = await asyncio.to_thread(kept_epochs, self._directory, self.job.model, self.job.version)
-        return outcome(told, ended, self._asked, kept)
+            if final is not None:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        return final
 
-    async def _train(self, folder: Path) -> tuple[StateChanged | None, str]:
+    async def _train_to_the_end(self, folder: Path) -> StateChanged | None:
+        fruitless = 0
+        while True:
+            before = self._furthest
+            ended = await self._train(folder)
+            fruitless = fruitless + 1 if self._furthest == before else 1
+            kept = await asyncio.to_thread(kept_epochs, self._directory, self.job.model, self.job.version)
+            final = outcome(ended, self._asked, fruitless, kept)
+            if final is not None or self._asked is not None:
+                return final
+            _logger.warning("job %s: %s; another trainer goes on", self.job.id, ended.how)
+            await self._publish(LogLine(f"{ended.how}; another one goes on from where it was"))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), _PAUSE_SECONDS * (fruitless - 1))
+
+    async def _train(self, folder: Path) -> Ended:
         process = await TrainerProcess.start(self._spec(folder))
         _logger.info("job %s: trainer process %d started", self.job.id, process.pid)
         stopper = asyncio.create_task(self._stop_when_asked(process))
+        self._counted = FeatureProgress(0, 0, 0.0)
         told: StateChanged | None = None
         try:
             async for payload in process.events():
                 if isinstance(payload, StateChanged):
                     told = payload
                 else:
-                    await self._journal.publish(self.job.id, payload)
+                    await self._publish(payload)
                     self._measure(payload)
-            ended = await process.ended()
+            how = await process.ended()
             if told is None or told.state is JobState.FAILED:
-                _logger.warning("job %s: %s; its last words: %s", self.job.id, ended, process.last_words)
-            return told, ended
+                _logger.warning("job %s: %s; its last words: %s", self.job.id, how, process.last_words)
+            return Ended(told, how, process.was_killed)
         finally:
             stopper.cancel()
             process.kill()
+
+    async def _publish(self, payload: JobEventPayload) -> None:
+        """Publish what hasn't been told yet: a trainer that goes on repeats some of it."""
+        identity = _identity(payload)
+        if identity not in self._told:
+            self._told.add(identity)
+            await self._journal.publish(self.job.id, payload)
 
     async def _stop_when_asked(self, process: TrainerProcess) -> None:
         await self._stop.wait()
@@ -89,6 +131,7 @@ class JobRun:
 
     def _measure(self, payload: JobEventPayload) -> None:
         if isinstance(payload, EpochDone):
+            self._furthest = max(self._furthest, (payload.epoch, 0))
             self._telemetry.training_epoch(
                 self.job.model,
                 payload.epoch,
@@ -98,8 +141,10 @@ class JobRun:
                 payload.val_accuracy,
             )
         elif isinstance(payload, FeatureProgress):
-            self._telemetry.feature_images("computed", payload.done - self._rows)
-            self._rows = payload.done
+            self._furthest = max(self._furthest, (0, payload.done))
+            last, self._counted = self._counted, payload
+            self._telemetry.feature_images("cache", payload.cached - last.cached)
+            self._telemetry.feature_images("computed", payload.done - payload.cached - (last.done - last.cached))
 
     def _spec(self, folder: Path) -> TrainerSpec:
         request, settings = self.job.request, self._settings
@@ -117,7 +162,25 @@ class JobRun:
             device=settings.device,
             threads=settings.threads,
             max_image_pixels=settings.max_image_pixels,
-            feature_budget_bytes=settings.feature_budget_bytes,
+            precision=settings.precision,
+            cache_dir=settings.cache_dir.absolute(),
+            cache_bytes=settings.cache_bytes,
+            compiled_dir=settings.compiled_dir,
             remote_data=settings.remote_data,
             fetched_dir=settings.fetched_dir,
         )
+
+
+def work_folder(settings: TrainingSettings, job_id: str) -> Path:
+    """The folder that a job has while it hasn't ended."""
+    return settings.work_dir / f"{WORK_PREFIX}{job_id}"
+
+
+def _identity(payload: JobEventPayload) -> Hashable:
+    """What is told once: an epoch by its number, an evaluation, and whatever else says the same."""
+    if isinstance(payload, EpochDone | CheckpointWritten):
+        return type(payload), payload.epoch
+    if isinstance(payload, Evaluation):
+        return Evaluation
+    identity: Hashable = payload
+    return identity

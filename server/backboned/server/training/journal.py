@@ -26,6 +26,13 @@ class JobJournal:
             await self.count_states()
         await self._notify()
 
+    async def so_far(self, job_id: str) -> list[JobEvent]:
+        """All events of a job until now."""
+        events: list[JobEvent] = []
+        while page := await asyncio.to_thread(self._store.events, job_id, events[-1].sequence if events else 0):
+            events += page
+        return events
+
     async def count_states(self) -> None:
         """Tell telemetry how many jobs are in each state."""
         self._telemetry.training_jobs(await asyncio.to_thread(self._store.counts))

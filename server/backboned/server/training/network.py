@@ -10,7 +10,6 @@ from backboned.registry.backbone import Backbone, Stage
 from backboned.registry.weights import StageWeights
 from backboned.server.compute.stages import Templates
 
-
 _MOST_WEIGHTS = 2**25
 
 
@@ -50,6 +49,8 @@ class Network:
 
     def features(self, x: Tensor) -> Tensor:
         """Activations at the boundary `[n, …]` → float32 features that the head reads, `[n, feature_size, …]`."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         for part in self._parts[:-1]:
             x = part.stage.forward(part.module, x)
         return x.float()
@@ -57,7 +58,8 @@ class Network:
     def logits(self, features: Tensor) -> Tensor:
         """What the head reads `[n, feature_size, …]` → float32 logits `[n, outputs]`."""
         head = self._parts[-1]
-        return head.stage.forward(head.module, features).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return head.stage.forward(head.module, features).float()
 
     def train(self, mode: bool = True) -> None:
         """Put what trains into training or eval mode, and the rest into eval mode."""

@@ -1,5 +1,6 @@
 """How a job ended: from what its trainer told, how the process ended and what was asked of it."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 from backboned.registry.directory import CheckpointDirectory
@@ -15,26 +16,41 @@ class Ask(Enum):
     SHUTDOWN = "shutdown"
 
 
-def outcome(told: StateChanged | None, ended: str, asked: Ask | None, kept: str) -> StateChanged:
-    """The final state of a job.
+@dataclass(frozen=True)
+class Ended:
+    """How a trainer process ended: its own last word, if it had one, and what is known from outside.
 
-    `told` is the trainer's own last word, if it had one; `ended` says how the process ended, and `kept` which epochs
-    are on disk, if any.
+    `killed` tells that a signal ended it which no program sends to itself: SIGKILL.
     """
+
+    told: StateChanged | None
+    how: str
+    killed: bool
+
+
+MOST_KILLS = 10
+"""A trainer that is killed so often without getting any further is given up: it needs more memory than there is."""
+
+MOST_CRASHES = 3
+
+
+def outcome(ended: Ended, asked: Ask | None, fruitless: int, kept: str) -> StateChanged | None:
+    """The final state of a job; None if another trainer is to go on, now or when the daemon is back.
+
+    `fruitless` is how many trainers in a row ended without getting any further, this one included; `kept` says which
+    epochs are on disk, if any.
+    """
+    told = ended.told
     if told is not None and told.state is JobState.SUCCEEDED:
         return told
     if told is not None and told.state is JobState.FAILED:
         return _failed(told.error, kept)
     if asked is Ask.CANCEL:
         return StateChanged(JobState.CANCELLED)
-    if asked is Ask.SHUTDOWN:
-        return interrupted(kept)
-    return _failed(ended if told is None else "the trainer process was stopped by a signal from outside", kept)
-
-
-def interrupted(kept: str) -> StateChanged:
-    """The final state of a job that the daemon didn't outlive."""
-    return _failed("the daemon stopped while it ran", kept or "no epoch had ended; start it again")
+    if asked is Ask.SHUTDOWN or fruitless < (MOST_KILLS if ended.killed or told is not None else MOST_CRASHES):
+        return None
+    how = "a signal from outside stopped it" if told is not None else ended.how
+    return _failed(f"{fruitless} trainers in a row got no further: {how}", kept)
 
 
 def kept_epochs(directory: CheckpointDirectory, model: str, version: int) -> str:

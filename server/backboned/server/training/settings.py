@@ -10,24 +10,27 @@ from backboned.server.training.events import JobState
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of all jobs. `work_dir` takes large temporary files, a folder a job, deleted when it ends.
+    """Settings of all jobs. `work_dir` takes what a job needs to go on, a folder a job, deleted when it ends.
 
-    `threads` compute in a trainer. Activations are kept on disk while they take `feature_budget_bytes` at most;
-    beyond that they are computed in each epoch. `remote_data` are schemes, and beginnings of URIs, from which data may
-    be fetched; `fetched_dir` keeps that, and archives that had to be unpacked. A job may read the
-    uploaded dataset that it is for, which is a folder in `uploads`, and no other one.
+    `threads` compute in a trainer. Features are cached in `cache_dir` while they take `cache_bytes` at most; beyond
+    that they are computed in each epoch. `compiled_dir` has compiled stages. `remote_data` are schemes, and beginnings
+    of URIs, from which data may be fetched; `fetched_dir` keeps that, and archives that had to be unpacked. A job may
+    read the uploaded dataset that it is for, which is a folder in `uploads`, and no other one.
     """
 
     work_dir: Path
+    cache_dir: Path
     data_roots: tuple[Path, ...] = ()
     uploads: Path | None = None
     weight_files: Mapping[str, Path] = field(default_factory=dict)
     plugin_modules: tuple[str, ...] = ()
     device: str = "auto"
+    precision: str = "auto"
     threads: int = 1
     max_queued_jobs: int = 100
     max_image_pixels: int = 100_000_000
-    feature_budget_bytes: int = 16 * 2**30
+    cache_bytes: int = 16 * 2**30
+    compiled_dir: Path | None = None
     remote_data: tuple[str, ...] = ()
     fetched_dir: Path | None = None
 

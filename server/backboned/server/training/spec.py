@@ -15,8 +15,9 @@ class TrainerSpec:
     `dataset` is a path below one of the `data_roots`, or a URI that `remote_data` allows; what is fetched or unpacked
     goes to `fetched_dir`, or without one to the work folder.
 
-    `work_dir` is the job's own, empty and deleted afterwards. Activations are kept there while they take
-    `feature_budget_bytes` at most. `threads` is how many compute.
+    `work_dir` is the job's own: what it needs to go on after its trainer was killed is kept there. Features are cached
+    in `cache_dir`, which all jobs share, while they take `cache_bytes` at most. `compiled_dir` has stages that the
+    daemon has compiled. `threads` is how many compute.
     """
 
     model: str
@@ -32,7 +33,10 @@ class TrainerSpec:
     device: str
     threads: int
     max_image_pixels: int
-    feature_budget_bytes: int
+    precision: str
+    cache_dir: Path
+    cache_bytes: int
+    compiled_dir: Path | None = None
     remote_data: tuple[str, ...] = ()
     fetched_dir: Path | None = None
 
@@ -44,12 +48,13 @@ class TrainerSpec:
     def from_json(cls, text: str) -> "TrainerSpec":
         """The inverse of `to_json`."""
         values = json.loads(text)
-        for name in ("checkpoint_dir", "work_dir"):
+        for name in ("checkpoint_dir", "work_dir", "cache_dir"):
             values[name] = Path(values[name])
         values["options"] = TrainingOptions.from_dict(values["options"])
         values["data_roots"] = tuple(map(Path, values["data_roots"]))
         values["weight_files"] = {name: Path(file) for name, file in values["weight_files"].items()}
         values["plugin_modules"] = tuple(values["plugin_modules"])
         values["remote_data"] = tuple(values["remote_data"])
-        values["fetched_dir"] = Path(values["fetched_dir"]) if values["fetched_dir"] else None
+        for name in ("fetched_dir", "compiled_dir"):
+            values[name] = Path(values[name]) if values[name] else None
         return cls(**values)

@@ -1,6 +1,6 @@
 """The images of one part of a dataset, as training reads them: features and targets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from backboned.server.training.features import Features
 
 _RESIDENT_BYTES = 2**30
 _LOADED_AT_ONCE = 256
+_PASSED_AT_ONCE = 32
 
 
 @dataclass
@@ -59,3 +60,22 @@ class Split:
     def resident(self) -> Tensor | None:
         """All features, `[n × views, …]`, the views of an image one after another, if they are in memory."""
         return self._resident
+
+
+def through(split: Split, function: Callable[[Tensor], Tensor], check: Callable[[], None]) -> Split | None:
+    """A part with `function` of its features in their place, in memory; None if these take more than a gigabyte.
+
+    Of at most two views of each image.
+    """
+    views = min(split.views, 2)
+    first = function(split.served(torch.tensor([0])))
+    if first.nbytes * len(split) * views > _RESIDENT_BYTES:
+        return None
+    rows = torch.empty(len(split) * views, *first.shape[1:], device=first.device)
+    for chosen in split.batches(_PASSED_AT_ONCE):
+        for view in range(views):
+            rows[(chosen * views + view).to(rows.device)] = function(
+                split.inputs(chosen, torch.full_like(chosen, view))
+            )
+            check()
+    return Split(split.features, split.images, split.targets, views, rows)

@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from backboned.server.training.events import EpochDone
 from backboned.server.training.network import Network
 from backboned.server.training.objective import Objective
 from backboned.server.training.options import TrainingOptions
+from backboned.server.training.precision import Precision
 from backboned.server.training.splits import Split
 from backboned.server.training.temperature import calibrated_losses
 
@@ -44,14 +44,16 @@ class StagesTrainer:
         train: Split,
         validation: Split,
         *,
-        autocast: torch.dtype | None,
+        precision: Precision,
+        head_factor: float = 1.0,
     ) -> None:
-        """`options` are validated ones; `autocast` is the type to compute in where that differs from float32."""
+        """`options` are validated ones. The head learns `head_factor` times as fast as the last stage."""
         self._network = network
         self._objective = objective
         self._options = options
         self._train, self._validation = train, validation
-        self._autocast = autocast
+        self._precision = precision
+        self._head_factor = head_factor
         self._optimizer = torch.optim.AdamW(self._groups(), weight_decay=options.weight_decay or 0.0)
         self._average = {k: t.detach().clone() for k, t in network.trained().items()}
         self._batches = math.ceil(len(train) / options.batch_size)
@@ -194,17 +196,12 @@ class StagesTrainer:
     def _averaged(self) -> "_Swapped":
         return _Swapped(self._network, self._average)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self._objective.weights.device.type, self._autocast)
-
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups, the head's first: biases and norms don't decay, deeper stages learn slower."""
         assert self._options.learning_rate is not None
         groups: list[dict[str, Any]] = []
         for depth, parameters in enumerate(self._network.by_stage()):
-            rate = self._options.learning_rate * DEEPER ** max(depth - 1, 0)
+            rate = self._options.learning_rate * (DEEPER ** (depth - 1) if depth else self._head_factor)
             matrices = [p for p in parameters if p.dim() > 1]
             vectors = [p for p in parameters if p.dim() <= 1]
             for members, decays in ((matrices, {}), (vectors, {"weight_decay": 0.0})):

@@ -16,11 +16,11 @@ from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.weights import WeightStore
 from backboned.server.training.events import JobState, StateChanged
-from backboned.server.training.job_run import WORK_PREFIX, JobRun
+from backboned.server.training.job_run import WORK_PREFIX, JobRun, work_folder
 from backboned.server.training.jobs import Job, JobEvent, JobRequest, JobStore
 from backboned.server.training.journal import JobJournal
 from backboned.server.training.options import TrainingOptions
-from backboned.server.training.outcome import Ask, interrupted, kept_epochs
+from backboned.server.training.outcome import Ask
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
 from backboned.server.training.submission import Submission
 from backboned.server.training.uploads import is_upload_id
@@ -67,20 +67,21 @@ class JobSupervisor:
         self._worker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """End what an earlier daemon left running, and begin to work on what it left waiting."""
-        await asyncio.to_thread(self._clear_work_dir)
-        for job in await asyncio.to_thread(self._store.jobs, states=(JobState.RUNNING,)):
-            kept = await asyncio.to_thread(kept_epochs, self._directory, job.model, job.version)
-            await self._end(job, interrupted(kept))
-        for job in reversed(await asyncio.to_thread(self._store.jobs, states=(JobState.QUEUED,))):
+        """Go on with what an earlier daemon left running, and then with what it left waiting."""
+        running = await asyncio.to_thread(self._store.jobs, states=(JobState.RUNNING,))
+        waiting = await asyncio.to_thread(self._store.jobs, states=(JobState.QUEUED,))
+        await asyncio.to_thread(self._clear_work_dir, {job.id for job in (*running, *waiting)})
+        for job in running:
+            await self._journal.publish(job.id, StateChanged(JobState.QUEUED))
+        for job in (*reversed(running), *reversed(waiting)):
             self._waiting.put_nowait(job.id)
         await self._journal.count_states()
         self._worker = asyncio.create_task(self._work())
 
     async def stop(self, timeout_seconds: float) -> None:
-        """Stop the running job, which fails and keeps its epochs; what waits stays queued; watching ends.
+        """Stop the running job, which the next start goes on with; what waits stays queued; watching ends.
 
-        After `timeout_seconds` its trainer is killed; the job is then ended by the next start.
+        After `timeout_seconds` its trainer is killed.
         """
         self._stopping = True
         async with self._turn:
@@ -143,6 +144,7 @@ class JobSupervisor:
             run = self._run if self._run is not None and self._run.job.id == job_id else None
             if run is None and not job.state.final:
                 await self._end(job, StateChanged(JobState.CANCELLED))
+                await asyncio.to_thread(shutil.rmtree, work_folder(self._settings, job_id), ignore_errors=True)
         if run is not None:
             run.ask(Ask.CANCEL)
             with suppress(TimeoutError):
@@ -156,7 +158,7 @@ class JobSupervisor:
         """
         async with self._turn:
             jobs = await asyncio.to_thread(self._store.jobs, states=(JobState.QUEUED, JobState.RUNNING))
-            using = [job.id for job in jobs if job.folder == folder]
+            using = [job.id for job in jobs if job.folder == str(folder)]
             if using:
                 raise BackbonedError(
                     ErrorKind.FAILED_PRECONDITION,
@@ -182,6 +184,8 @@ class JobSupervisor:
         start = time.monotonic()
         try:
             final = await run.run()
+            if final is None:  # the daemon is stopping
+                return
             if final.state is JobState.SUCCEEDED:
                 await self._await_before_success(job)
             await self._end(job, final)
@@ -224,9 +228,11 @@ class JobSupervisor:
             _remove_if_unused(self._directory.version(request.model, version))
             raise
 
-    def _clear_work_dir(self) -> None:
+    def _clear_work_dir(self, unended: set[str]) -> None:
+        kept = {work_folder(self._settings, job_id) for job_id in unended}
         for folder in self._settings.work_dir.glob(f"{WORK_PREFIX}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_if_unused(folder: Path) -> None:

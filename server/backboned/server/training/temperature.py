@@ -11,10 +11,11 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def calibrated_losses(losses: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
-    """The mean loss of each head, `[heads]`, with its logits over the temperature that makes it least (Guo et al. 2017).
+    """The mean loss of each head, `[heads]`, with its logits over the temperature that makes it least.
 
-    `logits` is `[heads, n, outputs]`; `losses` gives `[heads, n]` for such. The temperature is sought between 0.1 and 10
-    by golden section on its logarithm, to 1 %: the loss is convex in its inverse.
+    Guo et al. 2017, arXiv:1706.04599. `logits` is `[heads, n, outputs]`; `losses` gives `[heads, n]` for such. The
+    temperature is sought between 0.1 and 10 by golden section on its logarithm, to 1 %: the loss is convex in its
+    inverse.
     """
     low, high = (torch.full((len(logits),), v, device=logits.device).log() for v in (_LOWEST, _HIGHEST))
 

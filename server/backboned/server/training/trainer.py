@@ -6,6 +6,7 @@ does, which the daemon holds open while it lives.
 """
 
 import errno
+import fcntl
 import logging
 import os
 import signal
@@ -15,12 +16,13 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from backboned.registry.errors import BackbonedError
 from backboned.server.training.events import JobEventPayload, JobState, StateChanged, to_json
 from backboned.server.training.finetune import finetune
 from backboned.server.training.spec import TrainerSpec
+from backboned.server.training.stages_trainer import is_out_of_memory
+
+LOCK_NAME = "lock"
 
 _SECONDS_AFTER_THE_DAEMON = 5.0
 _NICENESS = 10
@@ -40,6 +42,8 @@ def main() -> int:
     _yield_to_serving()
     spec = TrainerSpec.from_json(sys.stdin.readline())
     threading.Thread(target=_stop_without_daemon, args=(stop,), daemon=True).start()
+    lock = (spec.work_dir / LOCK_NAME).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a trainer that outlived its daemon ends within seconds
 
     def emit(payload: JobEventPayload) -> None:
         events.write(to_json(payload).encode() + b"\n")
@@ -96,7 +100,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
         return f"disk full{where}: make room, or give --state-dir and --checkpoint-dir a larger disk"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory: lower batch_size, or train fewer stages"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 

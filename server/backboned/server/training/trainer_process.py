@@ -71,6 +71,11 @@ class TrainerProcess:
                 return  # killed while it wrote
             yield from_json(line.decode())
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether SIGKILL ended it."""
+        return self._process.returncode == -signal.SIGKILL
+
     async def ended(self) -> str:
         """Wait for its end, and say in one line how it came about."""
         code = await self._process.wait()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from backboned.registry.errors import BackbonedError, invalid
-from backboned.server.training.samples import not_an_image
+from backboned.server.training.datasets.samples import not_an_image
 
 MAX_ENTRIES = 500_000
 MAX_IMAGE_BYTES = 256 * 2**20

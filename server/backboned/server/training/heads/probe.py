@@ -27,7 +27,7 @@ class Probes:
     Where there are fewer rows than features, these are turned onto the rows' own span first, which changes no solution.
     """
 
-    def __init__(  # noqa: PLR0917 - what a regression consists of
+    def __init__(
         self,
         rows: Tensor,
         weights: Tensor,
@@ -87,6 +87,6 @@ class Probes:
 
 
 def row_weights(kept: Sequence[Tensor], copies: int, views: int) -> Tensor:
-    """For each of some sets of images, `[n]` bool, and `copies` of it: what a row weighs, `[sets × copies, n × views]`."""
+    """What a row weighs in some sets of images, `[n]` bool each, and copies of them: `[sets × copies, n × views]`."""
     share = torch.stack([k.float() / k.sum() for k in kept]).repeat_interleave(views, 1) / views
     return share.repeat_interleave(copies, 0)

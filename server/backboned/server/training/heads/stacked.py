@@ -32,10 +32,10 @@ class StackedHeads:
     def reads_first(self, features: Tensor) -> bool:
         """Whether the head's layer reads the features as they come, position by position: then they may be scaled."""
         layer = self._module.module.get_submodule(self.layer)
-        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or any(layer.padding)):  # type: ignore[arg-type]
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or set(layer.padding) != {0}):
             return False
         seen = self._around(features)
-        return seen is not None and layer.bias is not None and torch.equal(seen[0], features)
+        return seen is not None and torch.equal(seen[0], features)
 
     def is_linear(self, features: Tensor) -> bool:
         """Whether the head is a linear layer and nothing else."""

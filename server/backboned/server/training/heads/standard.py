@@ -24,15 +24,15 @@ class Standard:
     @classmethod
     def over(cls, batches: Iterable[Tensor]) -> "Standard":
         """Of batches `[n, features, …]`. Summed in float64; a feature that doesn't vary has a deviation of 1."""
-        count, total, squares, device = 0, 0.0, 0.0, torch.device("cpu")
+        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for batch in batches:
             values = batch.transpose(0, 1).flatten(1).double()
-            count, device = count + values.shape[1], batch.device
-            total, squares = total + values.sum(1), squares + values.square().sum(1)
-        mean = torch.as_tensor(total) / count
-        variance = torch.as_tensor(squares) / count - mean.square()
+            count += values.shape[1]
+            total, squares = total.to(values) + values.sum(1), squares.to(values) + values.square().sum(1)
+        mean = total / count
+        variance = squares / count - mean.square()
         deviation = torch.where(variance > _SMALLEST * (1 + mean.square()), variance.clamp_min(0).sqrt(), 1.0)
-        return cls(mean.float().to(device), deviation.float().to(device))
+        return cls(mean.float(), deviation.float())
 
     def __call__(self, features: Tensor) -> Tensor:
         """`[n, features, …]` → the same, less the mean and over the deviation."""

@@ -46,7 +46,8 @@ def look(
     parts = [list(part) for part in (train, validation, test)]
     classes = tuple(sorted({path.split("/")[0] for part in parts for path, _ in part}))
     samples = [tuple(Sample(path, (classes.index(path.split("/")[0]),)) for path, _ in part) for part in parts]
-    dataset = Dataset("photos", Task.SINGLE_LABEL, classes, *samples, (), (), "", source=None)  # type: ignore[arg-type]
+    train, validation, test = samples
+    dataset = Dataset("photos", Task.SINGLE_LABEL, classes, train, validation, test, (), (), "", None)  # type: ignore[arg-type]
     inspector = Inspector(dataset, crop_size=224)
     for part, found in zip(parts, samples, strict=True):
         for (_, data), sample in zip(part, found, strict=True):
@@ -180,7 +181,7 @@ def test_a_thousand_steps_of_a_slow_change_are_one_group() -> None:
     assert groups_alike(thumbnails) == [list(range(1000))]
 
 
-def by_comparing_all(thumbnails: np.ndarray) -> list[list[int]]:  # type: ignore[type-arg]
+def by_comparing_all(thumbnails: np.ndarray) -> list[list[int]]:
     cells = thumbnails.reshape(-1, 8, 2, 8, 2).astype(int).sum(axis=(2, 4))
     signs = [(cells > np.roll(cells, -1, axis) + 8).reshape(len(cells), -1) for axis in (2, 1)]
     bits = np.concatenate(signs, axis=1).astype(int)

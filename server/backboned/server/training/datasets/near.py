@@ -18,7 +18,7 @@ LEAST_CORRELATION = 0.98
 _BANDS = MOST_BITS + 1
 _MARGIN = 4 * 2
 _PAIRS_AT_ONCE = 2**15
-_MOST_FOLLOWING = 500
+_MOST_FOLLOWING = 100
 _COUNTS = np.array([n.bit_count() for n in range(2**16)], dtype=np.uint8)
 
 Thumbnails = npt.NDArray[np.uint8]
@@ -30,8 +30,8 @@ def groups_alike(thumbnails: Thumbnails) -> list[list[int]]:
     """Indices of `[n, 256]` thumbnails in groups of two or more, of which each is like another one of its group.
 
     Hashes are cut into 8 bands of 16 bits: two that differ in 7 bits at most are equal in a band, so that only pairs
-    equal in a band are compared. Where more than 500 are equal in a band, each is compared with the next 500 of them in
-    the order of their hashes.
+    equal in a band are compared. Where more than 100 are equal in a band, each is compared with the next 100 of them in
+    the order of their hashes. What has no contrast is like nothing.
     """
     hashes = _hashes(thumbnails)
     normal = thumbnails.astype(np.float32)
@@ -39,7 +39,7 @@ def groups_alike(thumbnails: Thumbnails) -> list[list[int]]:
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
     group = np.arange(len(thumbnails))
     for band in range(_BANDS):
-        for one, other in _candidates(hashes, band):
+        for one, other in _candidates(hashes, band, np.nonzero(hashes.any(axis=1))[0]):
             pairs = np.stack([one, other])
             pairs = pairs[:, group[one] != group[other]]
             bits = _COUNTS[hashes[pairs[0]] ^ hashes[pairs[1]]].sum(axis=1, dtype=np.int32)
@@ -63,8 +63,9 @@ def _hashes(thumbnails: Thumbnails) -> Hashes:
     return np.packbits(np.concatenate(signs, axis=1).reshape(len(cells), 128), axis=1).view(np.uint16)
 
 
-def _candidates(hashes: Hashes, band: int) -> Iterator[tuple[Indices, Indices]]:
-    """Pairs of indices that are equal in a band, some thousands at a time."""
+def _candidates(hashes: Hashes, band: int, which: Indices) -> Iterator[tuple[Indices, Indices]]:
+    """Pairs of indices among `which` that are equal in a band, some thousands at a time."""
+    hashes = hashes[which]
     others = [hashes[:, b] for b in range(_BANDS) if b != band]
     order = np.lexsort([*others, hashes[:, band]])
     _, starts, counts = np.unique(hashes[order, band], return_index=True, return_counts=True)
@@ -79,7 +80,7 @@ def _candidates(hashes: Hashes, band: int) -> Iterator[tuple[Indices, Indices]]:
         position = np.repeat(np.arange(begin, end), repeats)
         step = np.arange(len(position)) - np.repeat(np.cumsum(repeats) - repeats, repeats) + 1
         if len(position):
-            yield order[position], order[position + step]
+            yield which[order[position]], which[order[position + step]]
         begin = end
 
 

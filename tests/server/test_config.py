@@ -118,7 +118,7 @@ def test_sizes_are_read_with_their_unit() -> None:
         (
             "remote_data",
             ["ftp"],
-            "--remote-data: expected s3, gs, http, https, or a URI such as s3://bucket/, got 'ftp'",
+            "--remote-data: expected s3, gs, http, https, or a URI such as s3://bucket/, got",
         ),
         ("remote_data", ["file:///etc"], "--remote-data: expected s3"),
         ("remote_data", ["https://"], "--remote-data: expected s3"),

@@ -46,8 +46,8 @@ def look(
     parts = [list(part) for part in (train, validation, test)]
     classes = tuple(sorted({path.split("/")[0] for part in parts for path, _ in part}))
     samples = [tuple(Sample(path, (classes.index(path.split("/")[0]),)) for path, _ in part) for part in parts]
-    train, validation, test = samples
-    dataset = Dataset("photos", Task.SINGLE_LABEL, classes, train, validation, test, (), (), "", None)  # type: ignore[arg-type]
+    one, two, three = samples
+    dataset = Dataset("photos", Task.SINGLE_LABEL, classes, one, two, three, (), (), "", None)  # type: ignore[arg-type]
     inspector = Inspector(dataset, crop_size=224)
     for part, found in zip(parts, samples, strict=True):
         for (_, data), sample in zip(part, found, strict=True):

@@ -94,6 +94,12 @@ def test_lists_and_pairs_can_be_given_everywhere(empty_folder: Path, monkeypatch
     assert load_config().config == flags.config
 
 
+def test_what_may_be_fetched_is_a_list(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config({"remote_data": ["s3", "https://host/a/"]}).config.remote_data == ("s3", "https://host/a/")
+    monkeypatch.setenv("BACKBONED_REMOTE_DATA", "s3, gs")
+    assert load_config().config.remote_data == ("s3", "gs")
+
+
 def test_sizes_are_read_with_their_unit() -> None:
     assert load_config({"max_message_bytes": "16MiB"}).config.max_message_bytes == 16 * 2**20
 
@@ -109,6 +115,14 @@ def test_sizes_are_read_with_their_unit() -> None:
         ("weights", ["resnet50"], "--weights: expected BACKBONE=FILE, got 'resnet50'"),
         ("weights", ["resnet50=nowhere.pth"], "nowhere.pth"),
         ("data_root", ["nowhere"], "--data-root: no such folder: "),
+        (
+            "remote_data",
+            ["ftp"],
+            "--remote-data: expected s3, gs, http, https, or a URI such as s3://bucket/, got",
+        ),
+        ("remote_data", ["file:///etc"], "--remote-data: expected s3"),
+        ("remote_data", ["https://"], "--remote-data: expected s3"),
+        ("remote_data", ["https://user@host/"], "--remote-data: expected s3"),
         ("max_message_bytes", "large", "--max-message-bytes: "),
         ("scan_interval_seconds", "0", "--scan-interval-seconds: should be greater than 0"),
         ("scan_interval_seconds", "nan", "--scan-interval-seconds: "),

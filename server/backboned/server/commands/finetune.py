@@ -102,7 +102,7 @@ def finetune(
                 model or path.resolve().name, backbone, dataset, request_id=request_id, **_given(options)
             )
 
-        job = _start(start, client, path if path.is_dir() else folder, upload=upload, json=json)
+        job = _start(start, client, path if path.is_dir() else str(path.resolve()) if path.exists() else folder, upload=upload, json=json)
         job = _train(client, job, json=json)
         goes_on = daemon is not None and (sys.stdout.isatty() and not json if serve is None else serve)
         if not json:
@@ -170,19 +170,23 @@ def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | 
     host, _, port = server.rpartition(":")
     if host not in LOOPBACK or not port.isdecimal():
         raise typer.BadParameter(f"no daemon answers at {server}", param_hint="--server")
-    if not folder.is_dir():
-        raise typer.BadParameter(f"there is no folder {folder}", param_hint="FOLDER")
+    if not folder.exists():
+        raise typer.BadParameter(f"there is no folder or archive {folder}", param_hint="FOLDER")
     from backboned.server.config import load_config  # brings pydantic-settings
 
     settings = load_config({"weights": weights} if weights else {}, config).config
     flags = [f"--host={host.strip('[]')}", f"--grpc-port={free_port(host, int(port))}"]
     flags += [f"--http-port={free_port(host, settings.http_port)}"]
-    flags += [f"--data-root={root}" for root in (*settings.data_root, folder.resolve())]
+    flags += [f"--data-root={root}" for root in (*settings.data_root, _root(folder.resolve()))]
     flags += [f"--weights={name}={file}" for name, file in settings.weights.items()]
     flags += ["--compile=off"]  # it ends with the job: nobody would see the gain
     flags += [f"--config={config}"] if config else []
     notice(f"no daemon answers at {server}: starting one here (data in {settings.state_dir})")
     return LocalDaemon.start(flags, settings.state_dir)
+
+
+def _root(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 @contextlib.contextmanager

@@ -2,14 +2,14 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from backboned.server.training.datasets.dataset import Dataset
 from backboned.server.training.datasets.findings import Findings
-from backboned.server.training.datasets.near import alike
+from backboned.server.training.datasets.near import groups_alike
 from backboned.server.training.datasets.record import THUMBNAIL_SIDE, Record, inspect
 from backboned.server.training.datasets.samples import Sample
 from backboned.server.training.events import Duplicates
@@ -133,29 +133,13 @@ def _near(records: dict[Sample, Record]) -> Iterator[tuple[list[Sample], bool]]:
         by_thumbnail[thumbnail].append(digest)
     distinct = list(by_thumbnail)  # what looks just the same is compared with others once
     pixels = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(-1, THUMBNAIL_SIDE**2)
-    for group in _connected(len(distinct), alike(pixels)):
+    together = groups_alike(pixels)
+    alone = set(range(len(distinct))) - {index for group in together for index in group}
+    for group in (*together, *([index] for index in sorted(alone))):
         digests = [digest for index in group for digest in by_thumbnail[distinct[index]]]
         if len(digests) > 1:
             members = [sample for digest in digests for sample in copies[digest]]
             yield sorted(members, key=lambda s: s.path), False
-
-
-def _connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Indices by group, where each pair puts two into one group."""
-    parent = list(range(count))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in pairs:
-        parent[root(j)] = root(i)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(count):
-        groups[root(i)].append(i)
-    return list(groups.values())
 
 
 def _count(number: int, what: str) -> str:

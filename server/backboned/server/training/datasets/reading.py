@@ -29,15 +29,16 @@ def read_dataset(location: str | Path, options: TrainingOptions, access: Access)
     what to do.
     """
     location = str(location)
+    where = shown(location)
     try:
         source, found = find_samples(location, options.task, access)
-        train, validation, test = _parts(location, found, options)
+        train, validation, test = _parts(where, found, options)
         if isinstance(source, RemoteFiles):
             source.fetch_all([s.path for part in (train, validation, test) for s in part], access.check)
         if access.store is not None:
             access.store.prune()
         return Dataset(
-            location=shown(location),
+            location=where,
             task=options.task,
             classes=found.classes,
             train=tuple(train),
@@ -49,7 +50,7 @@ def read_dataset(location: str | Path, options: TrainingOptions, access: Access)
             source=source,
         )
     except OSError as error:
-        raise unusable(location, f"{error.filename} can't be read: {error.strerror}") from error
+        raise unusable(where, f"{error.filename} can't be read: {error.strerror}") from error
 
 
 def check_dataset(location: str, options: TrainingOptions, access: Access) -> None:
@@ -64,16 +65,16 @@ def check_dataset(location: str, options: TrainingOptions, access: Access) -> No
         read_dataset(location, options, access)
 
 
-def _parts(location: str, found: Found, options: TrainingOptions) -> Parts:
+def _parts(where: str, found: Found, options: TrainingOptions) -> Parts:
     """The images that train, validate and test."""
     holds_back = options.test_fraction > 0
-    check_classes(location, found, options.task, tests=holds_back)
+    check_classes(where, found, options.task, tests=holds_back)
     train, validation, test = found.train, found.validation, found.test or ()
     if found.test is None and holds_back:
         train, test = split(train, options.test_fraction, options.seed, leave=1 if validation is not None else 2)
     if validation is None:
         train, validation = split(train, options.validation_fraction, options.seed)
-    check_parts(location, found.classes, train, validation, options.task)
+    check_parts(where, found.classes, train, validation, options.task)
     return train, validation, test
 
 

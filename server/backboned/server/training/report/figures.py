@@ -7,7 +7,7 @@ from backboned.server.training.calibration import right
 from backboned.server.training.events import Judgement
 from backboned.server.training.judging import confusion, reliability
 from backboned.server.training.report.contents import Contents
-from backboned.server.training.report.markup import name, percent, section, table, text
+from backboned.server.training.report.markup import SPACE, name, percent, section, table, text
 from backboned.server.training.report.plots import Series, curves, reliability_diagram
 
 DRAWN_CLASSES = 30
@@ -143,7 +143,7 @@ def _cell(count: int, share: float, hit: bool) -> str:
 
 
 def _accuracy_tile(told: str, judgement: Judgement, *, main: bool) -> str:
-    interval = f"95\u00a0% sure: {percent(judgement.accuracy_low)} to {percent(judgement.accuracy_high)}"
+    interval = f"95{SPACE}% interval: {percent(judgement.accuracy_low)} to {percent(judgement.accuracy_high)}"
     return _tile(percent(judgement.accuracy), told, interval, kind="tile main" if main else "tile")
 
 

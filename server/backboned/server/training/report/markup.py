@@ -3,11 +3,14 @@
 import html
 from collections.abc import Iterable, Sequence
 
+SPACE = "\u00a0"
+"""One at which no line is broken."""
+
 
 def text(value: object) -> str:
     """`value` as text of a page or of an attribute. What can't be printed is replaced, also what turns text round."""
     plain = str(value).encode("utf-8", "replace").decode()
-    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in plain))
+    return html.escape("".join(c if c.isprintable() or c == SPACE else "\ufffd" for c in plain))
 
 
 def name(value: str) -> str:
@@ -40,4 +43,4 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
 
 def percent(part: float, digits: int = 1) -> str:
     """`91.3 %`, with a space that doesn't break."""
-    return f"{100 * part:.{digits}f}\u00a0%"
+    return f"{100 * part:.{digits}f}{SPACE}%"

@@ -12,7 +12,7 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:0 0 6px}
 p{margin:0 0 10px;max-width:75ch}
 .note,.legend,figcaption,.tile small,caption{color:var(--soft);font-size:.86rem}
-section,.tiles{margin-top:28px}
+section,.tiles{margin-top:28px}.note{max-width:none}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
@@ -35,6 +35,7 @@ th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;verti
 tbody th{font-weight:500;overflow-wrap:anywhere}.r{text-align:right}
 .wide{width:100%}
 .matrix td,.matrix thead th{text-align:center;padding:6px 4px;min-width:34px;border:1px solid var(--card)}
+.matrix tbody th{overflow-wrap:normal;white-space:nowrap;max-width:180px;overflow:hidden;text-overflow:ellipsis}
 .matrix td{background:rgba(var(--heat),var(--share))}.matrix td.full{color:var(--ground)}
 .matrix td.hit{outline:2px solid var(--a);outline-offset:-2px}
 .matrix .long th{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;max-height:160px}

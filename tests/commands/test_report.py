@@ -8,7 +8,9 @@ import grpc
 import pytest
 
 from backboned.client import Client, ClientError
+from backboned.server.commands.asking import Answer, Said
 from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.server.commands.predict import _show
 from backboned.server.commands.training_view import TrainingView
 from backboned.v1 import model_service_pb2 as pb
 
@@ -96,3 +98,14 @@ def test_a_job_shows_how_good_its_version_is(capsys: pytest.CaptureFixture[str])
     )
     assert lines[1] == "probabilities are off by 3.1% (temperature 1.40); an answer below 71.0% is uncertain"
     assert lines[3].startswith("held back from all choices: accuracy 92.0% on 50 test images")
+
+
+@pytest.mark.parametrize(
+    ("doubts", "told"),
+    [({}, ""), ({"uncertain": True}, " (uncertain)"), ({"uncertain": True, "unfamiliar": True}, " (unfamiliar)")],
+)
+def test_predict_shows_what_is_doubted(capsys: pytest.CaptureFixture[str], doubts: dict[str, bool], told: str) -> None:
+    prediction = pb.Prediction(classes=[pb.ClassProbability(label="red", probability=0.75)], **doubts)
+    _show([Answer(Path("a.png"), None, (Said("squares", 1, prediction),))], ["squares"], None)
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.split() == f"a.png red{told} 0.750".split()

@@ -36,7 +36,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
         cells = "".join(f"<td{s}>{cell}</td>" for cell, s in zip(others, sides[1:], strict=True))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     return (
-        f'<div class="scroll"><table class="{kind}"><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><caption>{text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

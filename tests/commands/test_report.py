@@ -101,11 +101,14 @@ def test_a_job_shows_how_good_its_version_is(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("doubts", "told"),
-    [({}, ""), ({"uncertain": True}, " (uncertain)"), ({"uncertain": True, "unfamiliar": True}, " (unfamiliar)")],
+    ("uncertain", "unfamiliar", "told"),
+    [(False, False, ""), (True, False, " (uncertain)"), (True, True, " (unfamiliar)")],
 )
-def test_predict_shows_what_is_doubted(capsys: pytest.CaptureFixture[str], doubts: dict[str, bool], told: str) -> None:
-    prediction = pb.Prediction(classes=[pb.ClassProbability(label="red", probability=0.75)], **doubts)
+def test_predict_shows_what_is_doubted(
+    capsys: pytest.CaptureFixture[str], uncertain: bool, unfamiliar: bool, told: str
+) -> None:
+    classes = [pb.ClassProbability(label="red", probability=0.75)]
+    prediction = pb.Prediction(classes=classes, uncertain=uncertain, unfamiliar=unfamiliar)
     _show([Answer(Path("a.png"), None, (Said("squares", 1, prediction),))], ["squares"], None)
     row = capsys.readouterr().out.splitlines()[1]
     assert row.split() == f"a.png red{told} 0.750".split()

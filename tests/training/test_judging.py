@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from backboned.registry.answers import Answers
 from backboned.registry.task import Task
 from backboned.server.training.events import from_json, to_json
+from backboned.server.training.familiarity import Familiarity
 from backboned.server.training.judging import (
     Outputs,
     answers_of,
@@ -116,7 +117,7 @@ def test_an_evaluation_is_an_event_whatever_was_judged(
         return Outputs(logits, targets.float() if task is Task.MULTI_LABEL else targets, torch.randn(count, 5))
 
     validation, train = draw(n), draw(n + 2)
-    answers = answers_of(task, validation, train.features, train.targets, len(classes))
+    answers = answers_of(task, validation, Familiarity.of(task, train.features, train.targets, len(classes)))
     found = evaluate(task, classes, answers, 3, validation=validation, test=draw(tested))
     assert from_json(to_json(found)) == found
     assert (found.test is None) == (tested == 0)

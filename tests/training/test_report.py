@@ -18,6 +18,7 @@ from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.reports import EVALUATION_NAME, REPORT_NAME, read_report
 from backboned.registry.task import Task
 from backboned.server.training.events import ClassCount, DatasetReport, Duplicates, SkippedFile, from_json
+from backboned.server.training.familiarity import Familiarity
 from backboned.server.training.judging import Outputs, answers_of, evaluate
 from backboned.server.training.report.photos import MOST, Judged, mistakes
 from backboned.server.training.report.writing import write_report
@@ -110,7 +111,8 @@ def write(tmp_path: Path) -> Write:
             options={"learning_rate": 0.001, "trainable_stages": ("head",), "note": HOSTILE},
         )
         outputs = validation.outputs
-        answers = answers_of(task, outputs, outputs.features, outputs.targets, len(classes))
+        familiarity = Familiarity.of(task, outputs.features, outputs.targets, len(classes))
+        answers = answers_of(task, outputs, familiarity)
         evaluation = evaluate(
             task, classes, answers, 1, validation=outputs, test=None if test is None else test.outputs
         )

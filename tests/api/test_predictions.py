@@ -85,3 +85,10 @@ def test_several_models_answer_each_for_itself() -> None:
 def test_one_model_asked_as_several_is_answered_as_several() -> None:
     response = to_response(pb.PredictRequest(models=[pb.ModelTarget(model="a")]), RESULTS[:1])
     assert ([r.model for r in response.results], response.model) == (["a"], "")
+
+
+def test_doubts_are_told() -> None:
+    doubted = Prediction("id", (("cat", 0.5),), uncertain=True, unfamiliar=True)
+    unsure = Prediction("id", (("cat", 0.5),), uncertain=True)
+    response = to_response(pb.PredictRequest(model="a"), [Result("a", 3, (doubted, unsure, RESULTS[0].predictions[0]))])
+    assert [(p.uncertain, p.unfamiliar) for p in response.predictions] == [(True, True), (True, False), (False, False)]

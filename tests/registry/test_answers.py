@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -47,6 +47,7 @@ def test_a_distance_is_that_to_the_nearest_centre_in_deviations_a_value() -> Non
     assert found.tolist() == pytest.approx([0.0, 0.0, ((0.8**2 + 0.8**2) / 2) ** 0.5], abs=1e-3)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**20))
 def test_distances_are_those_of_the_definition(k: int, d: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +16,15 @@ COLOURS = {"red": (200, 60, 60), "green": (60, 180, 60), "blue": (60, 60, 200), 
 
 Paint = Callable[[Path, Mapping[str, int]], Path]
 MakeSpec = Callable[..., TrainerSpec]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products gain nothing from threads, and on a machine that is busy they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def picture(colours: list[str], seed: int) -> bytes:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def test_it_is_the_minimum_of_the_loss_that_can_be_computed_by_hand() -> None:
     assert fit_temperature(Task.BINARY, logits, targets) == pytest.approx(4 / math.log(4), rel=1e-3)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.sampled_from(list(Task)), st.integers(0, 60), st.floats(0.01, 50), st.integers(0, 10**6))
 def test_it_never_makes_the_loss_larger_and_stays_in_its_range(task: Task, n: int, spread: float, seed: int) -> None:
     logits, _ = drawn(task, n, spread, seed)
@@ -94,6 +95,7 @@ def test_several_labels_are_as_certain_as_the_least_certain_one() -> None:
     assert right(Task.MULTI_LABEL, probabilities, targets).tolist() == [True, False]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.floats(0.5, 1), st.booleans()), min_size=1, max_size=60))
 def test_the_threshold_is_a_probability_that_flags_wrong_answers_at_least_as_often(
     answers: list[tuple[float, bool]],

@@ -102,7 +102,8 @@ def finetune(
                 model or path.resolve().name, backbone, dataset, request_id=request_id, **_given(options)
             )
 
-        job = _start(start, client, path if path.is_dir() else str(path.resolve()) if path.exists() else folder, upload=upload, json=json)
+        file = str(path.resolve()) if path.is_file() else folder
+        job = _start(start, client, path if path.is_dir() else file, upload=upload, json=json)
         job = _train(client, job, json=json)
         goes_on = daemon is not None and (sys.stdout.isatty() and not json if serve is None else serve)
         if not json:

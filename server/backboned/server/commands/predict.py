@@ -12,6 +12,7 @@ from backboned.server.commands.output import as_dict, console, fail, notice, pri
 
 if TYPE_CHECKING:
     from backboned.server.commands.asking import Answer
+    from backboned.v1 import model_service_pb2 as pb
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -137,7 +138,7 @@ def _show(answers: "Sequence[Answer]", targets: Sequence[str], top_k: int | None
             best, *others = said.prediction.classes
             row = [os.path.relpath(answer.image, folder or ".")]
             row += [f"{said.model}@{said.version}"] if several else []
-            row += [best.label, f"{best.probability:.3f}"]
+            row += [best.label + _doubt(said.prediction), f"{best.probability:.3f}"]
             row += [("yes" if best.label == answer.label else f"no: {answer.label}")] if labelled else []
             shown = others if top_k is not None else others[:2]
             rows.append([*row, ", ".join(f"{c.label} {c.probability:.3f}" for c in shown)])
@@ -151,3 +152,7 @@ def _show(answers: "Sequence[Answer]", targets: Sequence[str], top_k: int | None
         place = f"images in {folder}, " if folder else ""
         names = [f"{model}@{version}" if several else str(version) for model, version in versions]
         notice(f"{place}answered by {'' if several else 'version '}{', '.join(names)}")
+
+
+def _doubt(prediction: "pb.Prediction") -> str:
+    return " (unfamiliar)" if prediction.unfamiliar else " (uncertain)" if prediction.uncertain else ""

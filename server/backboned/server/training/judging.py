@@ -44,14 +44,14 @@ class Bin:
     accuracy: float
 
 
-def answers_of(task: Task, validation: Outputs, train_features: Tensor, train_targets: Tensor, classes: int) -> Answers:
+def answers_of(task: Task, validation: Outputs, familiarity: Familiarity) -> Answers:
     """What serving needs to know to give answers worth trusting.
 
-    `train_features` `[m, d]` and `train_targets` are of the training images, as served (not augmented).
+    `familiarity` is of the training images' features as they are served (not augmented), by the same stages as those of
+    `validation`: below a frozen boundary it is the same in every epoch.
     """
     temperature = fit_temperature(task, validation.logits, validation.targets)
     probabilities = task.probabilities(validation.logits / temperature)
-    familiarity = Familiarity.of(task, train_features, train_targets, classes)
     answers = Answers(
         temperature=temperature,
         uncertain_below=doubt_below(task, probabilities, validation.targets),

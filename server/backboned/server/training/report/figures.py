@@ -7,7 +7,7 @@ from backboned.server.training.calibration import right
 from backboned.server.training.events import Judgement
 from backboned.server.training.judging import confusion, reliability
 from backboned.server.training.report.contents import Contents
-from backboned.server.training.report.markup import name, percent, section, table, text
+from backboned.server.training.report.markup import SPACE, name, percent, section, table, text
 from backboned.server.training.report.plots import Series, curves, reliability_diagram
 
 DRAWN_CLASSES = 30
@@ -70,6 +70,8 @@ def trust(contents: Contents) -> str:
         f"Of the {part} images {percent(_mean(doubted))} are so marked: {percent(_mean(doubted[~is_right]))} of the "
         f"wrong answers, {percent(_mean(doubted[is_right]))} of the right ones."
     )
+    if task is Task.MULTI_LABEL:
+        marked += " An answer is wrong here if it is wrong about any label."
     left = f" Of the answers that are left, {percent(_mean(kept))} are right." if len(kept) else ""
     words = [
         f"<p><b>Temperature {answers.temperature:.3f}.</b> Logits are divided by it, "
@@ -119,7 +121,8 @@ def confusions(contents: Contents) -> str:
     ]
     listed = table(["is", "was said to be", ">images"], pairs, caption="Confused most often.") if pairs else ""
     nothing = "" if pairs else "<p>Nothing was confused.</p>"
-    return section("What is confused with what", f'<div class="pair">{drawn}{listed}{nothing}</div>')
+    side_by_side = "pair" if drawn and len(classes) <= _SHORT_HEADINGS else "stack"
+    return section("What is confused with what", f'<div class="{side_by_side}">{drawn}{listed}{nothing}</div>')
 
 
 def _matrix(classes: tuple[str, ...], counts: list[list[int]], part: str) -> str:
@@ -132,7 +135,8 @@ def _matrix(classes: tuple[str, ...], counts: list[list[int]], part: str) -> str
         rows.append(f'<tr><th scope="row">{name(label)}</th>{cells}</tr>')
     caption = f"Rows: what the {part} images are. Columns: what they were said to be."
     return (
-        f'<div class="scroll"><table class="matrix"><caption>{caption}</caption><thead><tr{kind}><td></td>{head}</tr>'
+        f'<div class="scroll whole" tabindex="0"><table class="matrix"><caption>{caption}</caption>'
+        f"<thead><tr{kind}><td></td>{head}</tr>"
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -143,7 +147,7 @@ def _cell(count: int, share: float, hit: bool) -> str:
 
 
 def _accuracy_tile(told: str, judgement: Judgement, *, main: bool) -> str:
-    interval = f"95\u00a0% sure: {percent(judgement.accuracy_low)} to {percent(judgement.accuracy_high)}"
+    interval = f"95{SPACE}% interval: {percent(judgement.accuracy_low)} to {percent(judgement.accuracy_high)}"
     return _tile(percent(judgement.accuracy), told, interval, kind="tile main" if main else "tile")
 
 

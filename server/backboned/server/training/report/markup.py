@@ -3,11 +3,14 @@
 import html
 from collections.abc import Iterable, Sequence
 
+SPACE = "\u00a0"
+"""One at which no line is broken."""
+
 
 def text(value: object) -> str:
     """`value` as text of a page or of an attribute. What can't be printed is replaced, also what turns text round."""
     plain = str(value).encode("utf-8", "replace").decode()
-    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in plain))
+    return html.escape("".join(c if c.isprintable() or c == SPACE else "\ufffd" for c in plain))
 
 
 def name(value: str) -> str:
@@ -33,11 +36,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
         cells = "".join(f"<td{s}>{cell}</td>" for cell, s in zip(others, sides[1:], strict=True))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     return (
-        f'<div class="scroll"><table class="{kind}"><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><caption>{text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def percent(part: float, digits: int = 1) -> str:
     """`91.3 %`, with a space that doesn't break."""
-    return f"{100 * part:.{digits}f}\u00a0%"
+    return f"{100 * part:.{digits}f}{SPACE}%"

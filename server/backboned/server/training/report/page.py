@@ -108,10 +108,14 @@ def _dataset(report: DatasetReport | None) -> str:
         "What it was trained on",
         f'<ul class="warnings">{warnings}</ul>' if warnings else "",
         counts,
-        _files("could not be read", report.unreadable_count, [f"{f.path}: {f.reason}" for f in report.unreadable]),
-        _files("were skipped", report.skipped_count, [f"{f.path}: {f.reason}" for f in report.skipped]),
         _files(
-            "groups of images are the same or nearly so",
+            "images that could not be read",
+            report.unreadable_count,
+            [f"{f.path}: {f.reason}" for f in report.unreadable],
+        ),
+        _files("files that were skipped", report.skipped_count, [f"{f.path}: {f.reason}" for f in report.skipped]),
+        _files(
+            "images that show the same",
             report.duplicates_count,
             [" = ".join(d.paths) + (" (labels differ)" if d.labels_differ else "") for d in report.duplicates],
         ),
@@ -123,7 +127,7 @@ def _files(what: str, count: int, told: Sequence[str]) -> str:
         return ""
     items = "".join(f"<li>{text(t)}</li>" for t in told[:LISTED_FILES])
     more = f"<li>… {count - LISTED_FILES} more</li>" if count > LISTED_FILES else ""
-    return f"<details><summary>{count} {text(what)}</summary><ul>{items}{more}</ul></details>"
+    return f"<details><summary>{text(what)}: {count}</summary><ul>{items}{more}</ul></details>"
 
 
 def _options(contents: Contents) -> str:

@@ -8,7 +8,7 @@ from backboned.server.training.judging import Bin
 from backboned.server.training.report.markup import percent, text
 
 _WIDTH, _HEIGHT = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 14, 40
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:0 0 6px}
 p{margin:0 0 10px;max-width:75ch}
 .note,.legend,figcaption,.tile small,caption{color:var(--soft);font-size:.86rem}
-section,.tiles{margin-top:28px}
+section,.tiles{margin-top:28px}.note{max-width:none}.tiles+.note{margin-top:12px}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
@@ -28,13 +28,14 @@ svg{width:100%;height:auto;display:block}
 .bar{fill:var(--a)}.mean{stroke:var(--b);stroke-width:2.5}
 .key{margin-right:10px}.key::before{content:"";display:inline-block;width:14px;height:3px;margin-right:5px;
 vertical-align:middle;background:var(--a)}.key.b::before{background:var(--b)}
-.scroll{overflow:auto;max-height:560px}
+.scroll{overflow:auto;max-height:640px}.whole{max-height:none}.stack>*+*{margin-top:20px}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:6px}
 th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-tbody th{font-weight:500;overflow-wrap:anywhere}.r{text-align:right}
+tbody th{font-weight:500;overflow-wrap:break-word;max-width:22em}.r{text-align:right}
 .wide{width:100%}
-.matrix td,.matrix thead th{text-align:center;padding:6px 4px;min-width:34px;border:1px solid var(--card)}
+.matrix td,.matrix thead th{text-align:center;padding:6px 2px;min-width:26px;border:1px solid var(--card)}
+.matrix tbody th{overflow-wrap:normal;white-space:nowrap;max-width:180px;overflow:hidden;text-overflow:ellipsis}
 .matrix td{background:rgba(var(--heat),var(--share))}.matrix td.full{color:var(--ground)}
 .matrix td.hit{outline:2px solid var(--a);outline-offset:-2px}
 .matrix .long th{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;max-height:160px}

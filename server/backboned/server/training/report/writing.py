@@ -46,5 +46,7 @@ def write_report(
         photos=tuple(pictures(found, read, max_pixels=max_image_pixels)),
     )
     content = page(contents).encode()
-    write_atomically(folder / EVALUATION_NAME, lambda file: file.write(f"{to_json(evaluation)}\n".encode()))
+    write_atomically(
+        folder / EVALUATION_NAME, lambda file: file.write(f"{to_json(evaluation)}\n".encode("utf-8", "replace"))
+    )
     write_atomically(folder / REPORT_NAME, lambda file: file.write(content))

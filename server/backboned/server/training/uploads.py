@@ -73,6 +73,7 @@ class UploadStore:
         self._datasets = folder / DATASETS
         self.images = ImageStore(folder / "images", quota_bytes)
         self._changing = threading.Lock()
+        self._closed = False
 
     @property
     def datasets_folder(self) -> Path:
@@ -140,12 +141,21 @@ class UploadStore:
             return detached
 
     def purge(self, detached: Path) -> None:
-        """Remove what `detach` left, and the images that no other dataset holds."""
+        """Remove what `detach` left, and the images that no other dataset holds. Ends early after `close`.
+
+        Giving back what an image took can take milliseconds: others may make datasets meanwhile.
+        """
         digests = (detached / _DIGESTS).read_text(encoding="ascii").split()
-        with self._changing:
-            shutil.rmtree(detached)
-            for sha256 in digests:
+        shutil.rmtree(detached)
+        for sha256 in digests:
+            if self._closed:
+                return  # a later start finds the images that nobody holds
+            with self._changing:
                 self.images.drop(sha256)
+
+    def close(self) -> None:
+        """Let a deletion that is under way end soon."""
+        self._closed = True
 
     def image(self, name: str) -> Path:
         """The file of an image that is called "DATASET_ID/path". Raises `BackbonedError`."""

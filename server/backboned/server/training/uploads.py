@@ -98,11 +98,14 @@ class UploadStore:
             return []
         return [entry.sha256 for entry in declaration.images if not self.images.has(entry.sha256)]
 
-    def check_room(self, declaration: Declaration) -> None:
-        """Raise `BackbonedError` `RESOURCE_EXHAUSTED` if what is missing of a declaration would go beyond the quota."""
+    def make_room(self, declaration: Declaration) -> None:
+        """See to it that what is missing of a declaration is within the quota.
+
+        Raises `BackbonedError` `RESOURCE_EXHAUSTED`.
+        """
         images = self.images
         missing = (entry for s in self.missing(declaration) if (entry := declaration.image(s)))
-        images.check_room(sum(entry.size_bytes - images.received(entry.sha256) for entry in missing))
+        images.make_room(sum(entry.size_bytes - images.received(entry.sha256) for entry in missing))
 
     def make(self, declaration: Declaration) -> UploadedDataset:
         """The dataset of a declaration: a new one, or the one that is equal to it.

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,26 @@ async def test_a_dataset_that_a_job_uses_is_kept(server: Server) -> None:
     near = made.id[:-2] + "zz"
     error = await refused(server.stub.DeleteDataset(pb.DeleteDatasetRequest(dataset_id=near)))
     assert (error.code, error.field) == (StatusCode.NOT_FOUND, "dataset_id") and made.id in error.message
+
+
+async def test_a_deletion_that_takes_long_is_answered_and_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await server.upload(declaration({"a/1.png": b"first"}), chunk(b"first"))
+    purge, go_on, ended = server.store.purge, threading.Event(), threading.Event()
+
+    def slow(detached: Path) -> None:
+        assert go_on.wait(TIMEOUT_SECONDS)
+        purge(detached)
+        ended.set()
+
+    monkeypatch.setattr(server.store, "purge", slow)
+    monkeypatch.setattr("backboned.server.api.uploads._PURGE_SECONDS", 0.01)
+    await server.stub.DeleteDataset(pb.DeleteDatasetRequest(dataset_id=made.id))
+    assert server.store.list_datasets() == [] and server.store.images.used_bytes == 5
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, TIMEOUT_SECONDS)
+    assert server.store.images.used_bytes == 0
 
 
 async def test_images_of_a_dataset_take_the_place_of_their_names(server: Server) -> None:

@@ -188,6 +188,14 @@ def test_a_file_that_goes_meanwhile_is_named(client: Client, folder: Path) -> No
         client.upload_dataset(folder, progress=remove)
 
 
+def test_more_may_be_missing_than_one_answer_tells(
+    client: Client, service: Service, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backboned.server.api.uploads._MAX_MISSING", 1)
+    assert client.upload_dataset(folder).HasField("create_time")
+    assert service.calls == 4 and len(service.pieces) == len(set(service.pieces)) == 6
+
+
 def test_a_long_declaration_is_sent_in_parts(client: Client, service: Service, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     for name in ("a" * 200, "b" * 200):

@@ -189,12 +189,26 @@ def test_an_image_that_something_holds_is_not_dropped(images: ImageStore, tmp_pa
     assert not images.has(ENTRY.sha256) and images.used_bytes == 0
 
 
+def test_room_is_made_of_what_nobody_has_held_for_a_day(tmp_path: Path) -> None:
+    images = opened(tmp_path, quota_bytes=len(DATA) + 10)
+    images.write(Writer(), ENTRY, 0, DATA)
+    with pytest.raises(BackbonedError, match="quota"):
+        images.make_room(11)
+    old = time.time() - ORPHAN_SECONDS - 60
+    os.utime(images.path(ENTRY.sha256), (old, old))
+    images.make_room(10)
+    assert images.has(ENTRY.sha256)
+    images.make_room(11)
+    assert not images.has(ENTRY.sha256) and images.used_bytes == 0
+
+
 def test_a_start_removes_what_nobody_has_held_for_a_day(images: ImageStore, tmp_path: Path) -> None:
     held, orphan, part = DATA, b"orphan", b"beginning"
     images.write(Writer(), entry_of(held), 0, held)
     images.write(Writer(), entry_of(orphan), 0, orphan)
     images.write(Writer(), entry_of(part + b"end"), 0, part)
     (tmp_path / "held").hardlink_to(images.path(entry_of(held).sha256))
+    (images.path(entry_of(held).sha256).parent / ".nfs0001").touch()  # not ours
     assert opened(tmp_path, now=time.time() + ORPHAN_SECONDS - 60).used_bytes == len(held + orphan + part)
     assert opened(tmp_path, now=time.time() + ORPHAN_SECONDS + 60).used_bytes == len(held)
     assert images.has(entry_of(held).sha256) and not images.has(entry_of(orphan).sha256)

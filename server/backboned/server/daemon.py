@@ -170,6 +170,7 @@ class Daemon:
         self.grpc.set_serving(False)
         drain = self._config.drain_seconds
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
+        self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
         await self.http.stop()
 

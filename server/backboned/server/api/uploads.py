@@ -1,6 +1,7 @@
 """The RPCs of uploaded datasets, and Predict's images that lie in one."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +19,8 @@ from backboned.server.training.uploads import UploadedDataset, UploadStore, find
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1 import model_service_pb2_grpc as pb_grpc
 
+log = logging.getLogger(__name__)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 RECEIVED_KEY = "backboned-received"
@@ -26,6 +29,7 @@ RECEIVED_KEY = "backboned-received"
 _MAX_RECEIVED = 32
 _MAX_MISSING = 100_000
 _THREADS = 2
+_PURGE_SECONDS = 10.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -41,6 +45,7 @@ class Uploads(pb_grpc.ModelServiceServicer):
         self._store = store
         self._jobs = jobs
         self._max_message_bytes = max_message_bytes
+        self._purging: set[asyncio.Task[None]] = set()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
 
     async def UploadDataset(self, requests: AsyncIterator[pb.UploadDatasetRequest], context: Context) -> pb.Dataset:
@@ -72,12 +77,20 @@ class Uploads(pb_grpc.ModelServiceServicer):
         return pb.ListDatasetsResponse(datasets=map(_message, page.items), next_page_token=page.next_page_token)
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> Empty:
-        """Delete a dataset that no job needs."""
+        """Delete a dataset that no job needs; what it took is given back within seconds, or if it is large, later."""
         dataset_id = request.dataset_id
         folder = await asyncio.to_thread(find_upload, self._store.datasets_folder, dataset_id, field="dataset_id")
         detached = await self._jobs.release(folder, lambda: self._store.detach(dataset_id))
-        await self._in_thread(self._store.purge, detached)
+        purging = asyncio.create_task(self._in_thread(self._store.purge, detached))
+        self._purging.add(purging)
+        purging.add_done_callback(self._purged)
+        await asyncio.wait([purging], timeout=_PURGE_SECONDS)
         return Empty()
+
+    def _purged(self, task: "asyncio.Task[None]") -> None:
+        self._purging.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a deleted dataset could not be removed from the disk", exc_info=error)
 
     async def with_dataset_images(self, request: pb.PredictRequest) -> pb.PredictRequest:
         """The request with the bytes of each image that it names by dataset and path; itself, where it names none.

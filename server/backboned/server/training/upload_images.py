@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backboned.registry.atomic import TEMPORARY_PREFIX
 from backboned.registry.digest import file_digest
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid
 from backboned.server.training.upload_declaration import Entry
@@ -24,6 +23,7 @@ PART_SUFFIX = ".part"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _STRIPES = 64
+_FILES = "[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]*"
 
 
 @contextmanager
@@ -63,16 +63,20 @@ class ImageStore:
         self._claiming = threading.Lock()
 
     def open(self, now: float | None = None) -> None:
-        """Count what is there, and remove what a killed daemon left and images that no dataset has held for a day."""
+        """Count what is there, and sweep it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._used_bytes = 0
-        for file in self._folder.glob("*/*"):
-            stat = file.stat()
-            forgotten = stat.st_nlink == 1 and (now or time.time()) - stat.st_mtime > ORPHAN_SECONDS
-            if forgotten or file.name.startswith(TEMPORARY_PREFIX):
-                file.unlink()
-            else:
-                self._used_bytes += stat.st_size
+        self._used_bytes = sum(file.stat().st_size for file in self._folder.glob(_FILES))
+        self.sweep(now)
+
+    def sweep(self, now: float | None = None) -> None:
+        """Remove images, whole or begun, that no dataset has held for a day."""
+        before = (now or time.time()) - ORPHAN_SECONDS
+        for file in self._folder.glob(_FILES):
+            with self._lock(file.name), suppress(FileNotFoundError):
+                stat = file.stat()
+                if stat.st_nlink == 1 and stat.st_mtime < before:
+                    file.unlink()
+                    self._count(-stat.st_size)
 
     @property
     def used_bytes(self) -> int:
@@ -91,14 +95,11 @@ class ImageStore:
         """How many bytes have come of an image that isn't whole yet."""
         return _size(self._part(sha256))
 
-    def check_room(self, size_bytes: int) -> None:
-        """Raise `BackbonedError` `RESOURCE_EXHAUSTED` if so much more would go beyond the quota."""
+    def make_room(self, size_bytes: int) -> None:
+        """See to it that so much more is within the quota. Raises `BackbonedError` `RESOURCE_EXHAUSTED`."""
         if self._used_bytes + size_bytes > self._quota_bytes:
-            raise BackbonedError(
-                ErrorKind.RESOURCE_EXHAUSTED,
-                f"the quota of uploads is full: {self._used_bytes} of {self._quota_bytes} bytes are used, and "
-                f"{size_bytes} more would come; delete datasets, or start the daemon with a larger --upload-quota",
-            )
+            self.sweep()
+        self._check_room(size_bytes)
 
     def write(self, writer: Writer, entry: Entry, offset: int, data: bytes) -> None:
         """Take a piece of an image; the last one makes it whole, if its digest is right.
@@ -140,6 +141,14 @@ class ImageStore:
             self._writers[sha256] = writer
         return False
 
+    def _check_room(self, size_bytes: int) -> None:
+        if self._used_bytes + size_bytes > self._quota_bytes:
+            raise BackbonedError(
+                ErrorKind.RESOURCE_EXHAUSTED,
+                f"the quota of uploads is full: {self._used_bytes} of {self._quota_bytes} bytes are used, and "
+                f"{size_bytes} more would come; delete datasets, or start the daemon with a larger --upload-quota",
+            )
+
     def _append(self, entry: Entry, offset: int, data: bytes) -> None:
         part = self._part(entry.sha256)
         there = _size(part)
@@ -151,7 +160,7 @@ class ImageStore:
         if end > entry.size_bytes:
             self._forget(part)
             raise _wrong(entry, f"more than the declared {entry.size_bytes} bytes came", "data")
-        self.check_room(end - there)
+        self._check_room(end - there)
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("r+b" if there else "wb") as file:

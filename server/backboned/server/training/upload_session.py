@@ -61,7 +61,7 @@ class UploadSession:
         if self._begun:
             return
         self._declaration.check_whole()
-        self._store.check_room(self._declaration)
+        self._store.make_room(self._declaration)
         self._begun = True
 
     def _incomplete(self, missing: Sequence[str]) -> Incomplete:

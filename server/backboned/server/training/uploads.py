@@ -73,6 +73,7 @@ class UploadStore:
         self._datasets = folder / DATASETS
         self.images = ImageStore(folder / "images", quota_bytes)
         self._changing = threading.Lock()
+        self._closed = False
 
     @property
     def datasets_folder(self) -> Path:
@@ -97,11 +98,14 @@ class UploadStore:
             return []
         return [entry.sha256 for entry in declaration.images if not self.images.has(entry.sha256)]
 
-    def check_room(self, declaration: Declaration) -> None:
-        """Raise `BackbonedError` `RESOURCE_EXHAUSTED` if what is missing of a declaration would go beyond the quota."""
+    def make_room(self, declaration: Declaration) -> None:
+        """See to it that what is missing of a declaration is within the quota.
+
+        Raises `BackbonedError` `RESOURCE_EXHAUSTED`.
+        """
         images = self.images
         missing = (entry for s in self.missing(declaration) if (entry := declaration.image(s)))
-        images.check_room(sum(entry.size_bytes - images.received(entry.sha256) for entry in missing))
+        images.make_room(sum(entry.size_bytes - images.received(entry.sha256) for entry in missing))
 
     def make(self, declaration: Declaration) -> UploadedDataset:
         """The dataset of a declaration: a new one, or the one that is equal to it.
@@ -140,12 +144,21 @@ class UploadStore:
             return detached
 
     def purge(self, detached: Path) -> None:
-        """Remove what `detach` left, and the images that no other dataset holds."""
+        """Remove what `detach` left, and the images that no other dataset holds. Ends early after `close`.
+
+        Giving back what an image took can take milliseconds: others may make datasets meanwhile.
+        """
         digests = (detached / _DIGESTS).read_text(encoding="ascii").split()
-        with self._changing:
-            shutil.rmtree(detached)
-            for sha256 in digests:
+        shutil.rmtree(detached)
+        for sha256 in digests:
+            if self._closed:
+                return  # a later start finds the images that nobody holds
+            with self._changing:
                 self.images.drop(sha256)
+
+    def close(self) -> None:
+        """Let a deletion that is under way end soon."""
+        self._closed = True
 
     def image(self, name: str) -> Path:
         """The file of an image that is called "DATASET_ID/path". Raises `BackbonedError`."""

@@ -260,6 +260,7 @@ class Client:
     def get_report(self, model: str, *, version: int | None = None, alias: str | None = None) -> pb.Report:
         """How good a version is, as one HTML page; of the newest that has a report, unless one is named."""
         return self._call(self._stub.GetReport, to_report(model, version, alias))
+
     def upload_dataset(
         self, folder: str | os.PathLike[str], *, name: str = "", progress: Callable[[int, int], None] | None = None
     ) -> pb.Dataset:

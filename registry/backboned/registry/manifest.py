@@ -61,8 +61,9 @@ class Manifest:
     """What a version is: its backbone, classes, stage digests (of its best epoch), epochs and where it came from.
 
     `complete` turns true when its job has ended well; a dropped file is complete from the start. `trained` names the
-    stages whose tensors the best one holds. For a dropped file, `adopted_from` is its name and `adopted_key` what tells it
-    from a changed one. `options`, `dataset` and `versions` are for people: how it was trained, on what, by which torch.
+    stages whose tensors the best one holds. For a dropped file, `adopted_from` is its name and `adopted_key` what tells
+    it from a changed one. `options`, `dataset` and `versions` are for people: how it was trained, on what, by which
+    torch.
     """
 
     model: str

@@ -9,6 +9,7 @@ from backboned.registry.answers import Answers
 from backboned.registry.backbone import Backbone
 from backboned.registry.task import Task
 from backboned.registry.weights import StageWeights
+from backboned.server.training.familiarity import Familiarity
 from backboned.server.training.judging import Outputs, answers_of
 from backboned.server.training.network import Network
 from backboned.server.training.precision import Precision
@@ -47,7 +48,8 @@ class Judge:
         step = max(1, -(-count // _MOST_TRAINING_IMAGES))
         some = torch.arange(0, count, step)
         train = self.outputs(stages, self._train, some)
-        return answers_of(task, self.outputs(stages, self._validation), train.features, train.targets, classes)
+        familiarity = Familiarity.of(task, train.features, train.targets, classes)
+        return answers_of(task, self.outputs(stages, self._validation), familiarity)
 
     @torch.no_grad()
     def outputs(self, stages: Mapping[str, StageWeights], split: Split, some: Tensor | None = None) -> Outputs:

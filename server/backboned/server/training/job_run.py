@@ -23,6 +23,7 @@ from backboned.server.training.journal import JobJournal
 from backboned.server.training.outcome import Ask, Ended, kept_epochs, outcome
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
 from backboned.server.training.spec import TrainerSpec
+from backboned.server.training.standby import Standby
 from backboned.server.training.trainer_process import TrainerProcess
 
 WORK_PREFIX = "job-"
@@ -43,6 +44,8 @@ class JobRun:
         settings: TrainingSettings,
         journal: JobJournal,
         telemetry: TrainingTelemetry,
+        *,
+        standby: Standby,
     ) -> None:
         self.job = job
         self.ended = asyncio.Event()
@@ -50,6 +53,7 @@ class JobRun:
         self._settings = settings
         self._journal = journal
         self._telemetry = telemetry
+        self._standby = standby
         self._asked: Ask | None = None
         self._stop = asyncio.Event()
         self._told: set[Hashable] = set()
@@ -97,7 +101,8 @@ class JobRun:
                 await asyncio.wait_for(self._stop.wait(), _PAUSE_SECONDS * (fruitless - 1))
 
     async def _train(self, folder: Path) -> Ended:
-        process = await TrainerProcess.start(self._spec(folder))
+        process = await self._standby.take()
+        process.begin(self._spec(folder))
         _logger.info("job %s: trainer process %d started", self.job.id, process.pid)
         stopper = asyncio.create_task(self._stop_when_asked(process))
         self._counted = FeatureProgress(0, 0, 0.0)

@@ -22,6 +22,7 @@ from backboned.server.training.journal import JobJournal
 from backboned.server.training.options import TrainingOptions
 from backboned.server.training.outcome import Ask
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
+from backboned.server.training.standby import Standby
 from backboned.server.training.submission import Submission
 from backboned.server.training.uploads import is_upload_id
 
@@ -62,6 +63,7 @@ class JobSupervisor:
         self._submission = Submission(directory, catalogue, weights, settings)
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._run: JobRun | None = None
+        self._standby = Standby(settings.plugin_modules)
         self._turn = asyncio.Lock()  # held while a queued job is added, starts or is cancelled
         self._stopping = False
         self._worker: asyncio.Task[None] | None = None
@@ -96,6 +98,7 @@ class JobSupervisor:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._worker
+        await self._standby.close()
         await self._journal.close()
 
     async def submit(
@@ -180,7 +183,9 @@ class JobSupervisor:
             if self._stopping or job.state is not JobState.QUEUED:
                 return
             await self._journal.publish(job_id, StateChanged(JobState.RUNNING))
-            self._run = run = JobRun(job, self._directory, self._settings, self._journal, self._telemetry)
+            self._run = run = JobRun(
+                job, self._directory, self._settings, self._journal, self._telemetry, standby=self._standby
+            )
         start = time.monotonic()
         try:
             final = await run.run()
@@ -193,6 +198,8 @@ class JobSupervisor:
         finally:
             self._run = None
             run.ended.set()
+        if not self._stopping:
+            await self._standby.prepare()
 
     async def _await_before_success(self, job: Job) -> None:
         try:

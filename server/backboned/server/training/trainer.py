@@ -1,8 +1,8 @@
-"""The trainer process: `python -m backboned.server.training.trainer`.
+"""The trainer process: `python -m backboned.server.training.trainer PLUGIN_MODULE…`.
 
-It reads one line of JSON from standard input, a `TrainerSpec`, and writes events to standard output, one line of JSON
-each; the last is the final state. SIGTERM ends it after the current batch. It ends by itself when its standard input
-does, which the daemon holds open while it lives.
+It imports what it needs, reads one line of JSON from standard input, a `TrainerSpec`, and writes events to standard
+output, one line of JSON each; the last is the final state. SIGTERM ends it after the current batch. It ends by itself
+when its standard input does, which the daemon holds open while it lives.
 """
 
 import errno
@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
+from backboned.registry.catalogue import Catalogue
 from backboned.registry.errors import BackbonedError
 from backboned.server.training.events import JobEventPayload, JobState, StateChanged, to_json
 from backboned.server.training.finetune import finetune
@@ -40,7 +41,11 @@ def main() -> int:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     _yield_to_serving()
-    spec = TrainerSpec.from_json(sys.stdin.readline())
+    Catalogue.installed(sys.argv[1:])  # plugins import what takes long: then a job can begin at once
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # the daemon has ended, and there was no job
+    spec = TrainerSpec.from_json(line)
     threading.Thread(target=_stop_without_daemon, args=(stop,), daemon=True).start()
     lock = (spec.work_dir / LOCK_NAME).open("wb")
     fcntl.flock(lock, fcntl.LOCK_EX)  # a trainer that outlived its daemon ends within seconds

@@ -34,13 +34,14 @@ class TrainerProcess:
         self._stderr = asyncio.create_task(self._read_stderr())
 
     @classmethod
-    async def start(cls, spec: TrainerSpec) -> "TrainerProcess":
-        """Start a trainer on `spec`. Raises `OSError` if no process can be started."""
+    async def start(cls, plugin_modules: tuple[str, ...]) -> "TrainerProcess":
+        """Start a trainer, which imports what it needs and waits. Raises `OSError` if no process can be started."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # no module from wherever the daemon was started
             "-m",
             "backboned.server.training.trainer",
+            *plugin_modules,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -48,10 +49,17 @@ class TrainerProcess:
             env={**_ENVIRONMENT, **os.environ},
             start_new_session=True,
         )
-        trainer = cls(process)
-        assert process.stdin is not None
-        process.stdin.write(spec.to_json().encode() + b"\n")
-        return trainer
+        return cls(process)
+
+    def begin(self, spec: TrainerSpec) -> None:
+        """Let it run a job. Once only."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(spec.to_json().encode() + b"\n")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it hasn't ended."""
+        return self._process.returncode is None
 
     @property
     def pid(self) -> int:

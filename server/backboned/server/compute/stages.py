@@ -86,6 +86,7 @@ class Templates:
     """Modules without memory, one for each stage of each backbone, to be copied and filled. Thread-safe."""
 
     def __init__(self) -> None:
+        self._whole: dict[str, nn.Module] = {}
         self._pruned: dict[tuple[str, str], nn.Module] = {}
         self._lock = threading.Lock()
 
@@ -95,11 +96,7 @@ class Templates:
         A head takes as many outputs as its tensors have. Raises `BackbonedError` if tensors are missing.
         """
         with self._lock:
-            template = self._pruned.get((backbone.name, stage.name))
-            if template is None:
-                self._build(backbone)
-                template = self._pruned[backbone.name, stage.name]
-            module = copy.deepcopy(template)
+            module = copy.deepcopy(self._template(backbone, stage))
         if isinstance(stage, Head):
             with torch.device("meta"):
                 replace_layer(module, stage.layer, len(tensors[stage.layer + ".weight"]))
@@ -113,16 +110,25 @@ class Templates:
             )
         return module
 
-    def _build(self, backbone: Backbone) -> None:
-        whole = backbone.module(device="meta")
-        computed = {name for name, _ in whole.named_buffers()} - set(whole.state_dict())
-        if computed:  # buffers that no state_dict holds: only a real module has their values
-            real = dict(backbone.module().named_buffers())
-            for name in computed:
-                parent, _, leaf = name.rpartition(".")
-                whole.get_submodule(parent)._buffers[leaf] = real[name]
-        for stage in backbone.chain:
-            self._pruned[backbone.name, stage.name] = prune(copy.deepcopy(whole), stage)
+    def _template(self, backbone: Backbone, stage: Stage) -> nn.Module:
+        template = self._pruned.get((backbone.name, stage.name))
+        if template is None:
+            if backbone.name not in self._whole:
+                self._whole[backbone.name] = _without_memory(backbone)
+            template = prune(copy.deepcopy(self._whole[backbone.name]), stage)
+            self._pruned[backbone.name, stage.name] = template
+        return template
+
+
+def _without_memory(backbone: Backbone) -> nn.Module:
+    whole = backbone.module(device="meta")
+    computed = {name for name, _ in whole.named_buffers()} - set(whole.state_dict())
+    if computed:  # buffers that no state_dict holds: only a real module has their values
+        real = dict(backbone.module().named_buffers())
+        for name in computed:
+            parent, _, leaf = name.rpartition(".")
+            whole.get_submodule(parent)._buffers[leaf] = real[name]
+    return whole
 
 
 class StageStore:

@@ -55,6 +55,9 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Check) -> None:
     the work, and the checkpoints that are written stay. Raises `BackbonedError` and `OSError`. Uses the whole process:
     thread counts, torch's random generators.
     """
+    # Each worker of the feature pass has a core to itself. Heads are many small operations: threads that meet after each
+    # take ten times as long as one thread where another process wants the cores.
+    torch.set_num_threads(1)
     catalogue = Catalogue.installed(spec.plugin_modules)
     backbone = catalogue.get(spec.backbone)
     options = spec.options.validated(backbone)
@@ -109,9 +112,7 @@ def _features(  # noqa: PLR0917 - what a job consists of
         workers=spec.threads,
         max_image_pixels=spec.max_image_pixels,
     )
-    torch.set_num_threads(1)  # each worker of the pass has a core to itself
     parts = feature_pass.run(dataset, emit, check)
-    torch.set_num_threads(spec.threads)
     report = parts.dataset.report(parts.unreadable, parts.findings)
     if parts.unreadable or parts.findings.duplicates or parts.findings.warnings:
         emit(report)
@@ -171,6 +172,7 @@ class _Job:
             precision=self._precision,
             head_factor=1.0 if probed or self._start.head_rows else FRESH_HEAD_FACTOR,
         )
+        torch.set_num_threads(self._spec.threads)
         began = time.monotonic()
         rights = state["rights"] if auto and probed else None
         self._follow(

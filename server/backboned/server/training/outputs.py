@@ -38,6 +38,7 @@ class Judge:
         self._precision = precision
         self._train, self._validation = train, validation
         self._check = check
+        self._network: Network | None = None
 
     def answers(self, task: Task, classes: int, stages: Mapping[str, StageWeights]) -> Answers:
         """What serving needs to know to give answers worth trusting, for these weights.
@@ -54,8 +55,7 @@ class Judge:
     @torch.no_grad()
     def outputs(self, stages: Mapping[str, StageWeights], split: Split, some: Tensor | None = None) -> Outputs:
         """What these weights make of a part's images, or of `some`, by position."""
-        network = Network.build(self._backbone, stages, self._trainable, self._precision.device)
-        network.train(False)
+        network = self._with_weights(stages)
         chosen = torch.arange(len(split)) if some is None else some
         logits, features = [], []
         for batch in chosen.split(_BATCH):
@@ -65,3 +65,13 @@ class Judge:
             features.append((read.flatten(2).mean(2) if read.dim() > 2 else read).cpu())
             self._check()
         return Outputs(torch.cat(logits), split.targets.cpu()[chosen], torch.cat(features))
+
+    def _with_weights(self, stages: Mapping[str, StageWeights]) -> Network:
+        if self._network is None:
+            self._network = Network.build(self._backbone, stages, self._trainable, self._precision.device)
+            self._network.train(False)
+        own = {key: tensor for weights in stages.values() for key, tensor in weights.tensors.items()}
+        for key, tensor in self._network.trained().items():
+            if key in own:  # all but BatchNorm's counters
+                tensor.copy_(own[key])
+        return self._network

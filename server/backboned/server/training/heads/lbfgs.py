@@ -9,7 +9,8 @@ from torch import Tensor
 _HISTORY = 10
 _ARMIJO = 1e-4
 _HALVINGS = 12
-_TOLERANCE = 1e-6
+_FLAT = 1e-5
+_STALLED = 1e-7
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`[problems, variables]` → the values `[problems]` and the gradients `[problems, variables]`."""
@@ -28,18 +29,16 @@ class StackedLBFGS:
         self._values, self._gradients = evaluate(self.variables)
         self._moves: list[Tensor] = []
         self._changes: list[Tensor] = []
-
-    @property
-    def done(self) -> Tensor:
-        """Which problems have converged: `[problems]` bool."""
-        return self._gradients.abs().amax(1) <= _TOLERANCE
+        self.done = self._gradients.abs().amax(1) <= _FLAT
+        """Which problems have converged, as far as float32 can tell: `[problems]` bool."""
 
     def run(self, iterations: int, check: Callable[[], None]) -> None:
         """At most so many iterations more. `check` is called in each; what it raises ends it."""
         for _ in range(iterations):
             check()
-            if bool(self.done.all()) or not self._iterate():
+            if bool(self.done.all()):
                 return
+            self._iterate()
 
     def state_dict(self) -> dict[str, Any]:
         """Its state: tensors."""
@@ -49,22 +48,23 @@ class StackedLBFGS:
             "gradients": self._gradients,
             "moves": self._moves,
             "changes": self._changes,
+            "done": self.done,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.variables, self._values, self._gradients = state["variables"], state["values"], state["gradients"]
         self._moves, self._changes = list(state["moves"]), list(state["changes"])
+        self.done = state["done"]
 
-    def _iterate(self) -> bool:
-        """One iteration; whether any problem has moved."""
+    def _iterate(self) -> None:
         direction = self._direction()
         slope = (direction * self._gradients).sum(1)
         direction = torch.where((slope < 0)[:, None], direction, -self._gradients)
         slope = torch.where(slope < 0, slope, -self._gradients.square().sum(1))
         length = torch.ones_like(slope)
         if not self._moves:
-            length = (1 / self._gradients.abs().sum(1).clamp_min(_TOLERANCE)).clamp_max(1)
+            length = (1 / self._gradients.abs().sum(1).clamp_min(_FLAT)).clamp_max(1)
         length = torch.where(self.done, 0, length)
         for _ in range(_HALVINGS):
             tried = self.variables + length[:, None] * direction
@@ -79,8 +79,10 @@ class StackedLBFGS:
         )
         self.variables = torch.where(moved, tried, self.variables)
         self._gradients = torch.where(moved, gradients, self._gradients)
+        gained = self._values - values
         self._values = torch.where(moved[:, 0], values, self._values)
-        return bool(moved.any())
+        stalled = ~moved[:, 0] | (gained <= _STALLED * self._values.abs())
+        self.done = self.done | stalled | (self._gradients.abs().amax(1) <= _FLAT)
 
     def _direction(self) -> Tensor:
         """The two-loop recursion, all problems side by side; pairs without positive curvature count for nothing."""

@@ -41,7 +41,7 @@ class Probes:
         `[problems, n, outputs]`.
         """
         count, features = rows.shape
-        self._basis = torch.linalg.svd(rows, full_matrices=False).Vh if count < features else None
+        self._basis = torch.linalg.qr(rows.T).Q.T if count < features else None
         self._rows = rows if self._basis is None else rows @ self._basis.T
         self._start = start
         self._offset = rows @ start[0].T + start[1]
@@ -75,7 +75,8 @@ class Probes:
         with torch.enable_grad():
             variables = variables.detach().requires_grad_()
             weight, bias = self._parts(variables)
-            logits = (self._rows @ weight.transpose(1, 2)) + bias[:, None] + self._offset
+            products = self._rows @ weight.flatten(0, 1).T  # one product: a batch of them would copy the rows
+            logits = products.unflatten(1, bias.shape).transpose(0, 1) + bias[:, None] + self._offset
             values = (self._losses(logits) * self._weights).sum(1)
             values = values + self._penalties / 2 * weight.square().sum((1, 2))
             (gradients,) = torch.autograd.grad(values.sum(), variables)

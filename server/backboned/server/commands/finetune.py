@@ -191,7 +191,7 @@ def _tell(job: pb.Job, server: str, *, serving: bool) -> None:
     at = "" if server == DEFAULT_ADDRESS else f" --server {server}"
     first, at = ("", at) if serving else ("backboned serve, and then: ", "")
     console().print(f"Ask it:  {first}backboned predict IMAGE... --model {job.model}{at}", soft_wrap=True)
-    console().print(f"How good it is, as a page:  {first}backboned report {job.model}{at}", soft_wrap=True)
+    console().print(f"Report:  {first}backboned report {job.model}{at}", soft_wrap=True)
 
 
 def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | None) -> LocalDaemon:

@@ -97,6 +97,7 @@ class TrainingView:
         if progress.done >= progress.total:
             self._features_told = True
             self._progress.update(self._features, visible=False)
+            self._progress.refresh()
             self._say(features_line(progress, self._images), style="dim")
 
     def _show_epoch(self, event: pb.JobEvent) -> None:
@@ -128,19 +129,23 @@ class TrainingView:
         parts = [("validation", evaluation.validation)]
         if evaluation.HasField("test"):
             parts.append(("test, held back", evaluation.test))
-        columns = [f"epoch {evaluation.epoch}", ">images", ">accuracy", ">95% interval", ">guessing", ">calibrated to"]
+        columns = [f"epoch {evaluation.epoch}", ">images", ">accuracy", ">95% interval", ">guessing", ">calibration error"]
         self._show_table(table(columns, [[name, *_figures(judgement)] for name, judgement in parts]))
         self._say(f"an answer with a probability below {evaluation.uncertain_below:.1%} is uncertain", style="dim")
 
 
 def features_line(progress: pb.FeatureProgress, images: int) -> str:
     """What became of the features, when all are there; `images` are counted without further views."""
-    what = f"features of {progress.total} images{', each view counted,' if progress.total > images > 0 else ''}"
+    views = ["each view counted"] if progress.total > images > 0 else []
     if progress.cached >= progress.total:
-        return f"{what} from the cache"
-    cached = f" ({progress.cached} cached)" if progress.cached else ""
+        return f"features of {_of(progress.total, views)} from the cache"
+    cached = [f"{progress.cached} cached"] if progress.cached else []
     speed = f" at {progress.images_per_second:.0f} images/s" if progress.images_per_second else ""
-    return f"{what}{cached}{speed}" if cached or speed else f"{what.rstrip(',')} are not kept"
+    return f"features of {_of(progress.total, views + cached)}{speed}"
+
+
+def _of(images: int, remarks: list[str]) -> str:
+    return f"{images} images" + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
 def _figures(judgement: pb.Judgement) -> list[str]:

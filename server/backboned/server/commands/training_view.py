@@ -129,7 +129,14 @@ class TrainingView:
         parts = [("validation", evaluation.validation)]
         if evaluation.HasField("test"):
             parts.append(("test, held back", evaluation.test))
-        columns = [f"epoch {evaluation.epoch}", ">images", ">accuracy", ">95% interval", ">guessing", ">calibration error"]
+        columns = [
+            f"epoch {evaluation.epoch}",
+            ">images",
+            ">accuracy",
+            ">95% interval",
+            ">guessing",
+            ">calibration error",
+        ]
         self._show_table(table(columns, [[name, *_figures(judgement)] for name, judgement in parts]))
         self._say(f"an answer with a probability below {evaluation.uncertain_below:.1%} is uncertain", style="dim")
 

@@ -158,7 +158,7 @@ def _start(
         except ClientError as error:
             if upload is False or not is_unseen(error):
                 raise
-    return start(send(client, here, json=json).id)
+    return start(send(client, here, asked=bool(upload), json=json).id)
 
 
 def _train(client: Client, job: pb.Job, *, json: bool) -> pb.Job:

@@ -151,7 +151,7 @@ def test_the_head_alone_says_nothing_of_stages(shown: Show) -> None:
             [pb.JobEvent(feature_progress=pb.FeatureProgress(done=100, total=500, images_per_second=50))],
             " 50 images/s, 8.0 s left",
         ),
-        (list(epochs([[], []])), " 0 images/s, 30.0 s left at most"),
+        (list(epochs([[], []])), " 0 images/s, up to 30.0 s left"),
         (list(epochs([[], ["layer3"]])), " 0 images/s\n"),  # how long stages take isn't known yet
     ],
 )

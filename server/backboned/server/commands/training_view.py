@@ -11,6 +11,8 @@ from backboned.server.commands.output import console, duration, label, print_jso
 from backboned.v1 import model_service_pb2 as pb
 
 DEFAULT_EPOCHS = 20
+BAR_WIDTH = 20
+"""So that a line fits into 80 columns."""
 
 
 class TrainingView:
@@ -20,7 +22,7 @@ class TrainingView:
         self._console = console()
         self._progress = Progress(
             TextColumn("{task.description:<8}"),
-            BarColumn(),
+            BarColumn(bar_width=BAR_WIDTH),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -123,7 +125,7 @@ class TrainingView:
             return speed
         seconds = (event.time.ToNanoseconds() - first.time.ToNanoseconds()) / 1e9
         a_piece = seconds / max(event.epoch.epoch - first.epoch.epoch, 1)
-        return f"{speed}, {duration(a_piece * max(self._max_epochs - event.epoch.epoch, 0))} left at most"
+        return f"{speed}, up to {duration(a_piece * max(self._max_epochs - event.epoch.epoch, 0))} left"
 
     def _show_evaluation(self, evaluation: pb.Evaluation) -> None:
         parts = [("validation", evaluation.validation)]

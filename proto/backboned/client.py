@@ -52,6 +52,10 @@ class TrainingOptions(TypedDict, total=False):
     seed: int
     views: int
     warm_start_version: int
+    test_fraction: float
+    label_smoothing: float
+    ema_decay: float
+    max_gradient_norm: float
 
 
 class Client:

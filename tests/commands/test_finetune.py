@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from backboned.client import Client
+from backboned.client import Client, TrainingOptions
+from backboned.server.commands.finetune import app
 from backboned.server.commands.local_daemon import LocalDaemon, LocalDaemonError, is_listening
 from backboned.v1 import model_service_pb2 as pb
 
@@ -24,7 +26,15 @@ def test_a_person_sees_the_data_the_epochs_and_how_to_go_on(call: Call, running:
     for said in ("class", "blue", "epoch 1/3", "epoch 3/3", "squares version", "validation accuracy"):
         assert said in out
     assert f"backboned predict IMAGE... --model squares --server {running.grpc}" in out
+    assert f"backboned report squares --server {running.grpc}" in out
     assert "\x1b" not in out
+
+
+def test_every_option_of_the_api_has_a_flag_and_is_an_option_of_the_client() -> None:
+    fields = [field.name for field in pb.TrainingOptions.DESCRIPTOR.fields]
+    assert list(TrainingOptions.__annotations__) == fields
+    flags = {name for parameter in get_command(app).params for name in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in fields} <= flags
 
 
 def test_options_go_to_the_daemon_by_their_names_and_events_come_as_json(
@@ -34,6 +44,7 @@ def test_options_go_to_the_daemon_by_their_names_and_events_come_as_json(
         "finetune", squares, "--model", "options", "--backbone", "digits", "--task", "binary", "--trainable-stages",
         "layer3,pool", "--max-epochs", 1, "--batch-size", 4, "--learning-rate", "0.01", "--weight-decay", "0.1",
         "--patience", 0, "--validation-fraction", "0.25", "--seed", 7, "--views", 2, "--request-id", "once",
+        "--test-fraction", "0.25", "--label-smoothing", "0.2", "--ema-decay", "0.5", "--max-gradient-norm", 2,
         "--json", "--server", running.grpc,
     )  # fmt: skip
     first, *events, last = [json.loads(line) for line in out.splitlines()]
@@ -50,6 +61,10 @@ def test_options_go_to_the_daemon_by_their_names_and_events_come_as_json(
         "validation_fraction": 0.25,
         "seed": "7",
         "views": 2,
+        "test_fraction": 0.25,
+        "label_smoothing": 0.2,
+        "ema_decay": 0.5,
+        "max_gradient_norm": 2.0,
     }
     assert [int(event["sequence"]) for event in events] == list(range(1, len(events) + 1))
     assert {"dataset_report", "epoch", "checkpoint", "state"} <= {key for event in events for key in event}

@@ -11,7 +11,6 @@ from backboned.client import Client, ClientError
 from backboned.server.commands.asking import Answer, Said
 from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.server.commands.predict import _show
-from backboned.server.commands.training_view import TrainingView
 from backboned.v1 import model_service_pb2 as pb
 
 Call = Callable[..., tuple[int, str, str]]
@@ -80,24 +79,6 @@ def test_a_version_without_a_report_says_why(running: LocalDaemon, report: Path,
         client.get_report("squares", version=version)
     assert "report: a FineTune writes one as it ends well" in caught.value.message
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
-
-
-def test_a_job_shows_how_good_its_version_is(capsys: pytest.CaptureFixture[str]) -> None:
-    judged = pb.Judgement(
-        images=50, accuracy=0.92, accuracy_low=0.81, accuracy_high=0.97, calibration_error=0.031, majority_accuracy=0.5
-    )
-    evaluation = pb.Evaluation(validation=judged, temperature=1.4, uncertain_below=0.71, epoch=3)
-    with TrainingView(pb.Job()) as view:
-        view.show(pb.JobEvent(evaluation=evaluation))
-        evaluation.test.CopyFrom(judged)
-        view.show(pb.JobEvent(evaluation=evaluation))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 3
-    assert lines[0] == (
-        "epoch 3 judged: accuracy 92.0% on 50 validation images (95 % interval 81.0% to 97.0%; guessing gives 50.0%)"
-    )
-    assert lines[1] == "probabilities are off by 3.1% (temperature 1.40); an answer below 71.0% is uncertain"
-    assert lines[3].startswith("held back from all choices: accuracy 92.0% on 50 test images")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from backboned.client import Client
 from backboned.server.commands.application import app
 from backboned.server.config import Config
 from backboned.server.ops.metrics import Metrics
+from backboned.server.training.options import STAGES_LEARNING_RATE, STAGES_WEIGHT_DECAY, TrainingOptions
 from backboned.v1 import model_service_pb2 as pb
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -96,6 +98,19 @@ def test_settings_in_toml_are_settings(root: Path, blocks: list[Any]) -> None:
 
 def test_the_table_of_settings_is_complete(root: Path) -> None:
     assert settings_table() in text(root / "docs" / "operations.md"), f"it should be:\n{settings_table()}"
+
+
+def test_the_table_of_training_options_has_them_all_with_their_defaults(root: Path) -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \| ", text(root / "docs" / "training.md").partition("## Options")[2], re.MULTILINE
+    )
+    told = dict(rows[: len(fields(TrainingOptions))])
+    defaults = {field.name: field.default for field in fields(TrainingOptions)}
+    assert set(told) == set(defaults) == {field.name for field in pb.TrainingOptions.DESCRIPTOR.fields}
+    numbers = {name: default for name, default in defaults.items() if isinstance(default, int | float)}
+    assert {name: float(told[name]) for name in numbers} == numbers
+    assert told["learning_rate"].endswith(f"; {STAGES_LEARNING_RATE:g} where stages train")
+    assert told["weight_decay"].endswith(f"; {STAGES_WEIGHT_DECAY:g} where stages train")
 
 
 def test_the_table_of_metrics_is_complete(root: Path) -> None:

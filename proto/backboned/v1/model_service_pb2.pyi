@@ -199,13 +199,15 @@ class TrainingOptions(_message.Message):
     batch_size: _builtins.int
     """1…4096, default 32."""
     learning_rate: _builtins.float
-    """Above 0, at most 10. Default: for the head alone several are tried at once; where stages train too, a rate for
-    them that suits their depth. The last of them learns at this rate, the ones below it slower.
+    """Above 0, at most 10. Default: for the head alone several are tried at once; 3e-4 where stages train too. The last of
+    these learns at this rate, each one below it 0.8 times as fast as the one above.
     """
     weight_decay: _builtins.float
-    """0…1. Default: for the head alone several are tried at once; 1e-4 where stages train too."""
+    """0…1. Default: for the head alone several are tried at once; 1e-2 where stages train too. Biases and norms have
+    none.
+    """
     patience: _builtins.int
-    """Epochs without a better validation loss before training stops: 0…10000, 0 never stops early. Default 5."""
+    """Epochs without a better one (as EpochMetrics.best tells) before training stops: 0…10000, 0 never stops early. Default 5."""
     validation_fraction: _builtins.float
     """The part of the images that validates when the dataset has no val/ folder: 0.01…0.9, default 0.2."""
     seed: _builtins.int
@@ -224,14 +226,15 @@ class TrainingOptions(_message.Message):
     """How far targets are drawn to the mean of the classes, where stages train: 0…0.5, default 0.1. TASK_SINGLE_LABEL."""
     ema_decay: _builtins.float
     """Of the moving average of weights that is validated and served, where stages train: 0…0.9999 a step, 0 for none.
-    Default: by the number of steps.
+    Default: 1 less 1 over the steps of an epoch, within 0.9…0.999: about an epoch is averaged.
     """
     max_gradient_norm: _builtins.float
     """The largest norm of the gradient, where stages train: 0…1000, 0 for no limit. Default 1."""
     @_builtins.property
     def trainable_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stages that train besides the head, by name as in ListBackbones, or "all"; or "auto": the last stage with weights
-        trains too if validation gains more by it than its noise. Default: none, the head alone.
+        """Stages that train besides the head, by name as in ListBackbones, or "all"; or "auto": the last ones, from the end
+        down until they hold half of the backbone's weights, kept only if validation gains more by them than its noise.
+        Default: none, the head alone.
         """
 
     def __init__(
@@ -804,15 +807,17 @@ class EpochMetrics(_message.Message):
     train_accuracy: _builtins.float
     """On the training images, as the epoch went."""
     val_loss: _builtins.float
-    """On the validation images, after the epoch."""
+    """On the validation images, after the epoch and after calibration: with the temperature at which it is lowest."""
     val_accuracy: _builtins.float
     """On the validation images, after the epoch."""
     learning_rate: _builtins.float
-    """Of the head, at the epoch's end."""
+    """Of the head, at the epoch's end; 0 where L-BFGS fitted it."""
     images_per_second: _builtins.float
     """Training images a second."""
     best: _builtins.bool
-    """Whether its validation loss is the lowest so far."""
+    """Whether it is the best so far: by the validation loss after calibration, or by that in cross-validation, where few
+    images train the head alone. With "auto", an epoch that trained stages must also gain more than noise.
+    """
     @_builtins.property
     def trainable_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The stages that trained in it besides the head."""
@@ -857,7 +862,7 @@ class Evaluation(_message.Message):
     """The epoch that was judged."""
     @_builtins.property
     def validation(self) -> Global___Judgement:
-        """On the images that validate. They chose the epoch (and where there are many images the rates), so the figures are a
+        """On the images that validate. Unless cross-validation did, they chose the epoch and the head, so the figures are a
         little better than the truth.
         """
 

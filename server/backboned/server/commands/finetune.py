@@ -25,21 +25,31 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 @app.command()
 def finetune(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images for each class.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder of images for each class, an archive or a manifest.")
+    ],
     *,
     model: Annotated[str, typer.Option(metavar="NAME", help="The model's name [default: the folder's].")] = "",
     backbone: Annotated[str, typer.Option(metavar="NAME", help="What to stand on.")] = "resnet50",
     task: Annotated[str, typer.Option(metavar="TASK", help="single_label, binary or multi_label.")] = "",
     trainable_stages: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGES", help="Stages that train besides the head, or 'all'; commas, or repeatable."),
+        typer.Option(
+            metavar="STAGES",
+            help="Stages that train besides the head: names (commas, or repeatable), 'all', or 'auto': the last ones, "
+            "if it pays.",
+        ),
     ] = None,
     max_epochs: Annotated[int | None, typer.Option(metavar="N", help="At most so many epochs (default 20).")] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a step (default 32).")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="X", help="Default 0.001 for the head alone, else 0.0001.")
+        float | None,
+        typer.Option(metavar="X", help="Default: several are tried for the head alone; 0.0003 where stages train."),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Default 0.0001.")] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Default: several are tried for the head alone; 0.01 where stages train."),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(metavar="N", help="Stop after so many epochs without a better one (default 5; 0: never)."),
@@ -47,9 +57,23 @@ def finetune(
     validation_fraction: Annotated[
         float | None, typer.Option(metavar="X", help="Images that validate, if there is no val/ (default 0.2).")
     ] = None,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Images held back from every choice, if there is no test/ (default 0)."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes a run repeatable (default 0).")] = None,
     views: Annotated[int | None, typer.Option(metavar="N", help="Views of each image (default 2).")] = None,
     warm_start_version: Annotated[int | None, typer.Option(metavar="N", help="Begin from this version.")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(metavar="X", help="Of targets, where stages train (default 0.1).")
+    ] = None,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Of the weights' moving average, where stages train (default: by the steps)."),
+    ] = None,
+    max_gradient_norm: Annotated[
+        float | None, typer.Option(metavar="X", help="Where stages train (default 1; 0: no limit).")
+    ] = None,
     request_id: Annotated[str | None, typer.Option(metavar="ID", help="The same id starts the same job once.")] = None,
     weights: Annotated[
         list[str] | None,
@@ -83,9 +107,13 @@ def finetune(
         "weight_decay": weight_decay,
         "patience": patience,
         "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
         "seed": seed,
         "views": views,
         "warm_start_version": warm_start_version,
+        "label_smoothing": label_smoothing,
+        "ema_decay": ema_decay,
+        "max_gradient_norm": max_gradient_norm,
     }
     with contextlib.ExitStack() as stack:
         daemon = None
@@ -130,7 +158,7 @@ def _start(
         except ClientError as error:
             if upload is False or not is_unseen(error):
                 raise
-    return start(send(client, here, json=json).id)
+    return start(send(client, here, asked=bool(upload), json=json).id)
 
 
 def _train(client: Client, job: pb.Job, *, json: bool) -> pb.Job:
@@ -161,10 +189,9 @@ def _tell(job: pb.Job, server: str, *, serving: bool) -> None:
         style="bold green",
     )
     at = "" if server == DEFAULT_ADDRESS else f" --server {server}"
-    if serving:
-        console().print(f"Ask it:  backboned predict IMAGE... --model {job.model}{at}")
-    else:
-        console().print(f"Ask it:  backboned serve, and then: backboned predict IMAGE... --model {job.model}")
+    first, at = ("", at) if serving else ("backboned serve, and then: ", "")
+    console().print(f"Ask it:  {first}backboned predict IMAGE... --model {job.model}{at}", soft_wrap=True)
+    console().print(f"Report:  {first}backboned report {job.model}{at}", soft_wrap=True)
 
 
 def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | None) -> LocalDaemon:

@@ -17,10 +17,11 @@ def is_unseen(error: ClientError) -> bool:
     return error.code in _UNSEEN and error.field == "dataset"
 
 
-def upload(client: Client, folder: Path, *, json: bool) -> pb.Dataset:
-    """Upload a folder; in a terminal a bar shows how far it is."""
+def upload(client: Client, folder: Path, *, asked: bool, json: bool) -> pb.Dataset:
+    """Upload a folder, because someone asked for it or must; in a terminal a bar shows how far it is."""
     if not json:
-        notice(f"the daemon at {client.address} can't see {folder}: uploading it")
+        why = "" if asked else f"the daemon at {client.address} can't see {folder}: "
+        notice(f"{why}uploading {'it' if why else folder}")
     out = console(stderr=True)
     progress = Progress(
         TextColumn("upload"),

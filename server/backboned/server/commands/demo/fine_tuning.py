@@ -52,7 +52,8 @@ def fine_tune(
     for event in client.watch(job.id):
         kind = event.WhichOneof("event")
         if kind == "feature_progress" and event.feature_progress.images_per_second > 0:
-            feature_seconds = event.feature_progress.done / event.feature_progress.images_per_second
+            progress = event.feature_progress
+            feature_seconds = (progress.done - progress.cached) / progress.images_per_second
         elif kind == "epoch":
             epochs.append(event.epoch)
             say(f"epoch {event.epoch.epoch:>2}/{budget.epochs}  validation accuracy {event.epoch.val_accuracy:.3f}")

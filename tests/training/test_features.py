@@ -61,7 +61,8 @@ def nothing(done: Prepared) -> None:
 def all_rows(features: Features, count: int, views: int = VIEWS) -> Tensor:
     """`[count, views, …]`."""
     images = torch.arange(count).repeat_interleave(views)
-    return features.batch(images, torch.arange(views).repeat(count)).unflatten(0, (count, views))
+    rows = features.batch(images, torch.arange(views).repeat(count))
+    return rows.view(count, views, *rows.shape[1:])
 
 
 def test_features_are_what_the_frozen_stages_make_of_the_served_image(

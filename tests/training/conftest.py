@@ -1,21 +1,38 @@
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from backboned.plugins import digits
 from backboned.registry import Catalogue
 from backboned.registry.weights import seeded_state
+from backboned.server.training.features import Features
 from backboned.server.training.options import TrainingOptions
 from backboned.server.training.spec import TrainerSpec
+from backboned.server.training.splits import Split
 
 COLOURS = {"red": (200, 60, 60), "green": (60, 180, 60), "blue": (60, 60, 200), "yellow": (200, 200, 60)}
 
 Paint = Callable[[Path, Mapping[str, int]], Path]
 MakeSpec = Callable[..., TrainerSpec]
+MakeSplit = Callable[..., Split]
+
+
+@dataclass
+class GivenFeatures:
+    """Stands for the features of images: `rows` `[images, views, …]`."""
+
+    rows: Tensor
+    cached: bool
+
+    def batch(self, images: Tensor, views: Tensor) -> Tensor:
+        return self.rows[images, views].clone()
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -47,6 +64,17 @@ def paint() -> Paint:
             for i in range(count):
                 (folder / name / f"{i:03}.png").write_bytes(picture([name], 1000 * number + i))
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_split() -> MakeSplit:
+    """Makes a split of `rows` `[images, …]`, or `[images, views, …]` where there are several views."""
+
+    def make(rows: Tensor, targets: Tensor, *, views: int = 1, cached: bool = True) -> Split:
+        rows = rows if views > 1 else rows[:, None]
+        return Split(cast(Features, GivenFeatures(rows, cached)), torch.arange(len(rows)), targets, views)
 
     return make
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -45,3 +47,33 @@ def test_accuracy_is_the_part_of_right_decisions() -> None:
     assert binary.accuracy(torch.tensor([[2.0], [-1], [1], [3]]), torch.tensor([1, 0, 0, 1])) == 0.75
     multi = Objective(Task.MULTI_LABEL, ones)
     assert multi.accuracy(torch.tensor([[2.0, -1], [-1, 2]]), torch.tensor([[1.0, 0], [1, 1]])) == 0.75
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_many_heads_lose_what_each_of_them_loses(task: Task) -> None:
+    outputs = task.outputs(3) if task is not Task.BINARY else 1
+    targets = torch.tensor([0, 1, 1, 0, 1, 1])
+    target = F.one_hot(targets, 3).float() if task is Task.MULTI_LABEL else targets
+    logits = torch.randn(4, 6, outputs, generator=torch.Generator().manual_seed(0))
+    objective = Objective(task, torch.tensor([0.5, 2.0, 3.0])[:outputs])
+    for one, losses in zip(logits, objective.losses(logits, target), strict=True):
+        torch.testing.assert_close(losses.mean(), task.loss(one, target))
+    for one, losses in zip(logits, objective.losses(logits, target, weighted=True), strict=True):
+        torch.testing.assert_close(losses.mean(), objective(one, target))
+
+
+def test_a_batch_without_rare_images_is_not_inflated() -> None:
+    objective = Objective(Task.SINGLE_LABEL, torch.tensor([0.5, 5.0]))
+    logits, targets = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    assert objective(logits, targets).item() == pytest.approx(0.5 * math.log(2))
+    assert objective(logits, targets, smoothing=0.1).item() == pytest.approx(0.5 * math.log(2))
+
+
+def test_smoothing_draws_single_labels_to_the_mean_of_the_classes_and_leaves_other_tasks_alone() -> None:
+    logits, targets = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 2, 1])
+    single = Objective(Task.SINGLE_LABEL, torch.ones(3))
+    soft = 0.7 * F.one_hot(targets, 3) + 0.3 / 3
+    torch.testing.assert_close(single(logits, targets, smoothing=0.3), -(soft * logits.log_softmax(1)).sum(1).mean())
+    multi = Objective(Task.MULTI_LABEL, torch.ones(3))
+    target = F.one_hot(targets, 3).float()
+    assert multi(logits, target, smoothing=0.3) == multi(logits, target)

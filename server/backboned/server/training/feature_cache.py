@@ -3,7 +3,7 @@
 A row is what the frozen stages made of one view of one image. A space holds the rows that one path of stages makes; its
 key is a digest of all that a row depends on besides the image: preprocessing, stages, precision. Rows lie in segments,
 files that are written whole and never changed: two jobs that fill a space at once write segments of their own, and what
-a killed job had finished is there for the next one. A segment has a checksum of each row.
+a killed job had finished is there for the next one. A segment has a checksum of each row and of what it is of.
 """
 
 import hashlib
@@ -107,12 +107,12 @@ class CacheSpace:
                     wanted = [(row, key) for row, key in enumerate(held) if key in keys and key not in found]
                     if not wanted:
                         continue
-                    rows, sums = file.get_tensor("rows"), file.get_tensor("sums")
-                if any(_sum(rows[row]) != int(sums[row]) for row, _ in wanted):
+                    rows, sums = file.get_tensor("rows"), file.get_tensor("sums").tolist()
+                if any(_sum(key, rows[row]) != sums[row] for row, key in wanted):
                     raise ValueError("a row doesn't match its checksum")
             except FileNotFoundError:
                 continue  # another process made room
-            except (OSError, SafetensorError, ValueError) as error:
+            except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
                 log.warning("cached features in %s are damaged and are computed again: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue
@@ -126,7 +126,7 @@ class CacheSpace:
         rows = rows.contiguous()
         digests = torch.frombuffer(bytearray(b"".join(k.digest for k in keys)), dtype=torch.uint8).view(len(keys), -1)
         views = torch.tensor([k.view for k in keys], dtype=torch.int32)
-        sums = torch.tensor([_sum(row) for row in rows])
+        sums = torch.tensor([_sum(*pair) for pair in zip(keys, rows, strict=True)])
         content = save({"digests": digests, "views": views, "sums": sums, "rows": rows})
         self._cache.make_room(len(content))
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -148,8 +148,10 @@ def _keys(digests: Tensor, views: Tensor) -> Iterator[RowKey]:
     return (RowKey(data[i * width : (i + 1) * width], view) for i, view in enumerate(views.tolist()))
 
 
-def _sum(row: Tensor) -> int:
-    return zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _sum(key: RowKey, row: Tensor) -> int:
+    """Of the row, and of what it is a row of: a damaged view number or type must not give an image another's row."""
+    about = f"{key.digest.hex()} {key.view} {row.dtype} {tuple(row.shape)}".encode()
+    return zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().data, zlib.crc32(about))
 
 
 def _remove_abandoned(folder: Path) -> None:

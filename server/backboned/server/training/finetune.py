@@ -55,8 +55,8 @@ def finetune(spec: TrainerSpec, emit: Emit, check: Check) -> None:
     the work, and the checkpoints that are written stay. Raises `BackbonedError` and `OSError`. Uses the whole process:
     thread counts, torch's random generators.
     """
-    # Each worker of the feature pass has a core to itself. Heads are many small operations: threads that meet after each
-    # take ten times as long as one thread where another process wants the cores.
+    # Each worker of the feature pass has a core to itself. Heads are many small operations: threads that meet after
+    # each take ten times as long as one thread where another process wants the cores.
     torch.set_num_threads(1)
     catalogue = Catalogue.installed(spec.plugin_modules)
     backbone = catalogue.get(spec.backbone)
@@ -175,11 +175,10 @@ class _Job:
         torch.set_num_threads(self._spec.threads)
         began = time.monotonic()
         rights = state["rights"] if auto and probed else None
-        self._follow(
-            trainer,
-            0 if rights is None else 1,
-            lambda trained: trained.done.best and (rights is None or _gain(rights, trained.rights) > 0),
-        )
+        if rights is None:
+            self._follow(trainer, 0, lambda trained: trained.done.best)
+        else:
+            self._follow(trainer, 1, self._beats(rights))
         if rights is not None:
             self._tell_gain(float(rights.mean()), time.monotonic() - began)
 
@@ -268,6 +267,18 @@ class _Job:
         head = start.stages[self._backbone.head.name].tensors
         warm = bool(start.head_rows)
         return HeadTrainer(self._backbone, head, self._objective, options, train, validation, warm=warm)
+
+    def _beats(self, rights: Tensor) -> Callable[[Trained], bool]:
+        """Whether an epoch beats a head with these right answers by more than noise, and all those that did before."""
+
+        def beats(trained: Trained) -> bool:
+            state, loss = self._resume.state, trained.done.val_loss
+            if _gain(rights, trained.rights) <= 0 or loss >= state.get("lowest", math.inf):
+                return False
+            state["lowest"] = loss
+            return True
+
+        return beats
 
     def _tell_gain(self, probe: float, seconds: float) -> None:
         best = self._record.manifest.best

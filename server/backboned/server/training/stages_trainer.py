@@ -105,7 +105,7 @@ class StagesTrainer:
             logits = self._logits(check)
             stages = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in self._network.tensors()}
         target = self._validation.targets
-        val_loss = float(calibrated_losses(lambda x: self._objective.losses(x, target), logits[None]))
+        val_loss = float(calibrated_losses(self._objective, logits[None], target))
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
             raise diverged(self._progress.epoch + 1, self._options.learning_rate)
         right = self._objective.rights(logits, target)

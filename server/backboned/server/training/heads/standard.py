@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-6
+_FINEST = 2**-8
+"""Of the mean: differences that bfloat16 can't tell are not magnified."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,19 @@ class Standard:
 
     @classmethod
     def over(cls, batches: Iterable[Tensor]) -> "Standard":
-        """Of batches `[n, features, …]`. Summed in float64; a feature that doesn't vary has a deviation of 1."""
+        """Of batches `[n, features, …]`, summed in float64.
+
+        A deviation is a 256th of the mean at least, and 1 for a feature that is zero always.
+        """
         count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for batch in batches:
             values = batch.transpose(0, 1).flatten(1).double()
             count += values.shape[1]
             total, squares = total.to(values) + values.sum(1), squares.to(values) + values.square().sum(1)
         mean = total / count
-        variance = squares / count - mean.square()
-        deviation = torch.where(variance > _SMALLEST * (1 + mean.square()), variance.clamp_min(0).sqrt(), 1.0)
+        deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+        deviation = torch.maximum(deviation, mean.abs() * _FINEST)
+        deviation = torch.where(deviation > 0, deviation, 1.0)
         return cls(mean.float(), deviation.float())
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class HeadTrainer:
         value, accuracy = (float(figure) for figure in figures)
         best = validation[chosen : chosen + 1]
         target = self._validation.targets
-        val_loss = float(calibrated_losses(lambda x: self._objective.losses(x, target), best))
+        val_loss = float(calibrated_losses(self._objective, best, target))
         if not all(map(math.isfinite, (loss, value, val_loss))):
             raise diverged(epoch, self._options.learning_rate)
         right = self._objective.rights(best[0], target)
@@ -199,7 +199,7 @@ class HeadTrainer:
         if logits.numel() > _MOST_LOGITS:
             losses = self._objective.losses(logits, target).mean(1)
         else:
-            losses = calibrated_losses(lambda x: self._objective.losses(x, target), logits)
+            losses = calibrated_losses(self._objective, logits, target)
         losses = torch.where(losses.isfinite(), losses, math.inf)
         chosen = int(losses.argmin())
         return chosen, float(losses[chosen])

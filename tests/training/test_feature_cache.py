@@ -208,7 +208,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, monkeypatch
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         opened(tmp_path).add(keys(range(3, 5)), rows_of(keys(range(3, 5))))
     assert caught.value.errno == errno.ENOSPC

@@ -167,8 +167,13 @@ def test_a_class_of_unreadable_images_fails_the_job(colours: Path, make_spec: Ma
         Run(make_spec(colours))
 
 
-def test_features_that_are_computed_each_epoch_give_the_same_head(colours: Path, make_spec: MakeSpec) -> None:
-    kept, computed = (Run(make_spec(colours, max_epochs=3, learning_rate=1e-2, cache_bytes=b)) for b in (2**30, 0))
+def test_features_that_are_computed_each_epoch_give_the_same_head(
+    colours: Path, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    kept, computed = (
+        Run(replace(make_spec(colours, max_epochs=3, learning_rate=1e-2, cache_bytes=b), cache_dir=tmp_path / str(b)))
+        for b in (2**30, 0)
+    )
     told = LogLine("the features don't fit into the cache and are computed in every epoch: raise --cache-size")
     assert told not in kept.events
     assert told in computed.events

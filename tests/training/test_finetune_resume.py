@@ -16,7 +16,7 @@ from backboned.server.training.spec import TrainerSpec
 
 Paint = Callable[..., Path]
 MakeSpec = Callable[..., TrainerSpec]
-KINDS = {
+KINDS: dict[str, dict[str, object]] = {
     "head": {},
     "rate": {"learning_rate": 1e-2},
     "stages": {"trainable_stages": ("layer3",)},

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backboned.registry import atomic
 from backboned.server.training.resume import NAME, ResumeFile
 
 
@@ -86,7 +85,7 @@ def test_a_full_disk_is_an_error_and_the_last_state_stays(tmp_path: Path, monkey
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         ResumeFile(tmp_path).write(trainer=None)
     assert ResumeFile(tmp_path).state["trainer"]["steps"] == 3

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def test_each_head_learns_as_by_an_optimizer_of_its_own() -> None:
         alone = {k: t[head].clone().requires_grad_() for k, t in start().items()}
         matrices = [p for p in alone.values() if p.dim() > 1]
         vectors = [p for p in alone.values() if p.dim() <= 1]
-        theirs = torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, {"params": vectors}], weight_decay=0.0)
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": decay}, {"params": vectors}]
+        theirs = torch.optim.AdamW(groups, weight_decay=0.0)
         for step in range(STEPS):
             for group in theirs.param_groups:
                 group["lr"] = rate * factor(step)

@@ -47,7 +47,7 @@ def solved(rows: Tensor, labels: Tensor, row_weight: Tensor, penalty: float, sta
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return (start[0] + weight.detach()).float(), (start[1] + bias.detach()).float()
 
 

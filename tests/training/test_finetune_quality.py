@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from backboned.registry.payload import read_payload
@@ -33,9 +34,12 @@ def mean_f1(judgement: Judgement) -> float:
     return sum(scores) / len(scores)
 
 
-def test_rare_classes_are_recognised_too(tmp_path: Path, paint: Paint, make_spec: MakeSpec) -> None:
+@pytest.mark.parametrize("stages", [(), ("layer3",)], ids=["head", "stages"])
+def test_rare_classes_are_recognised_too(
+    tmp_path: Path, paint: Paint, make_spec: MakeSpec, stages: tuple[str, ...]
+) -> None:
     folder = paint(tmp_path / "data" / "imbalanced", {"red": 80, "green": 10, "blue": 10})
-    found = evaluation(make_spec(folder, learning_rate=1e-2, max_epochs=8)).validation
+    found = evaluation(make_spec(folder, trainable_stages=stages, max_epochs=8)).validation
     assert found.majority_accuracy > 0.75
     assert balanced_accuracy(found) > 0.9  # always "red" comes to a third
 

@@ -34,11 +34,11 @@ def test_mean_and_deviation_are_over_images_and_positions(shape: tuple[int, ...]
     torch.testing.assert_close(standardised.std(1, correction=0), torch.ones(7), atol=1e-4, rtol=0)
 
 
-def test_a_feature_that_does_not_vary_is_only_moved() -> None:
-    values = torch.tensor([[1e4, 1.0], [1e4, 3.0]])
+def test_what_bfloat16_could_not_tell_is_not_magnified() -> None:
+    values = torch.tensor([[512.0, 1.0, 0.0], [512.1, 3.0, 0.0]])
     standard = Standard.over([values])
-    assert standard.deviation.tolist() == [1, 1]
-    assert standard(values).tolist() == [[0, -1], [0, 1]]
+    assert standard.deviation.tolist() == pytest.approx([2, 1, 1], rel=1e-3)
+    assert standard(values).abs().amax(0).tolist() == pytest.approx([0.025, 1, 0], abs=1e-3)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(7, 3), nn.Conv2d(7, 3, 1)])

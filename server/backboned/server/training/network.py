@@ -62,9 +62,15 @@ class Network:
             return head.stage.forward(head.module, features).float()
 
     def train(self, mode: bool = True) -> None:
-        """Put what trains into training or eval mode, and the rest into eval mode."""
+        """Put what trains into training or eval mode, and the rest into eval mode; BatchNorm stays in eval mode always.
+
+        Its pretrained statistics are better than those of small batches, and the head was fitted on what they make.
+        """
         for part in self._parts:
             part.module.train(mode and part.trains)
+            for module in part.module.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     @property
     def trainable_stages(self) -> tuple[str, ...]:

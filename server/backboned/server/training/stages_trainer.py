@@ -128,7 +128,6 @@ class StagesTrainer:
         order = torch.randperm(len(self._train), generator=self._order)
         views = torch.randint(self._train.views, (len(order),), generator=self._order)
         sums = torch.zeros(2, dtype=torch.float64)
-        # Batches of nearly equal size: BatchNorm can't train on a last one of a single image.
         for chosen, view in zip(order.tensor_split(self._batches), views.tensor_split(self._batches), strict=True):
             factor = schedule(self._steps, self._batches * self._options.max_epochs)
             for group in self._optimizer.param_groups:

@@ -1,7 +1,6 @@
 """A job from its spec to its version's report."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -145,6 +144,8 @@ class _Job:
         self._record = Record(spec, backbone, options, parts.dataset, start)
         self._judge = Judge(backbone, options.trainable_stages, precision, parts.train, parts.validation, check=check)
         self._resume = ResumeFile(spec.work_dir)
+        if "best" in self._resume.state and not self._record.manifest.epochs:  # someone has removed them
+            self._resume.state = {}
 
     def train_head(self) -> None:
         """The head alone, on features that lie in the cache."""
@@ -171,7 +172,6 @@ class _Job:
             precision=self._precision,
             head_factor=1.0 if probed or self._start.head_rows else FRESH_HEAD_FACTOR,
         )
-        began = time.monotonic()
         rights = state["rights"] if auto and probed else None
         self._follow(
             trainer,
@@ -179,7 +179,7 @@ class _Job:
             lambda trained: trained.done.best and (rights is None or _gain(rights, trained.rights) > 0),
         )
         if rights is not None:
-            self._tell_gain(float(rights.mean()), time.monotonic() - began)
+            self._tell_gain(float(rights.mean()))
 
     def finish(self, report: DatasetReport) -> None:
         """Say that the version is complete, judge it, and write its report."""
@@ -267,14 +267,14 @@ class _Job:
         warm = bool(start.head_rows)
         return HeadTrainer(self._backbone, head, self._objective, options, train, validation, warm=warm)
 
-    def _tell_gain(self, probe: float, seconds: float) -> None:
+    def _tell_gain(self, probe: float) -> None:
         best = self._record.manifest.best
         names = ", ".join(self._options.trainable_stages)
         if best.epoch == 1:
             text = f"the head alone stays: training {names} too gained no more than noise"
         else:
             text = f"training {names} too: validation accuracy {probe:.4f} → {best.metrics.val_accuracy:.4f}"
-        self._emit(LogLine(f"{text}, in {seconds:.0f} s"))
+        self._emit(LogLine(text))
 
 
 def _gain(before: Tensor, after: Tensor) -> float:

@@ -53,8 +53,11 @@ class StackedLBFGS:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.variables, self._values, self._gradients = state["variables"], state["values"], state["gradients"]
-        self._moves, self._changes = list(state["moves"]), list(state["changes"])
+        device = self.variables.device
+        self.variables, self._values, self._gradients = (
+            state[name].to(device) for name in ("variables", "values", "gradients")
+        )
+        self._moves, self._changes = ([t.to(device) for t in state[name]] for name in ("moves", "changes"))
 
     def _iterate(self) -> bool:
         """One iteration; whether any problem has moved."""

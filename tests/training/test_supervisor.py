@@ -145,7 +145,7 @@ async def test_a_job_runs_and_everyone_sees_every_event(daemon: Daemon) -> None:
         assert [e.sequence for e in events] == list(range(1, len(events) + 1))
         states = [e.payload.state for e in events if isinstance(e.payload, StateChanged)]
         assert states == [JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED]
-        for kind, count in ((DatasetReport, 1), (EpochDone, 2), (CheckpointWritten, 2)):
+        for kind, count in ((DatasetReport, 2), (EpochDone, 2), (CheckpointWritten, 2)):
             assert sum(isinstance(e.payload, kind) for e in events) == count
         assert await watch_all(supervisor, job, after_sequence=4) == events[4:], "also of a job that has ended"
         assert await watch_all(supervisor, job, after_sequence=len(events)) == []
@@ -173,7 +173,7 @@ async def test_a_killed_trainer_is_followed_by_another_one_that_goes_on(daemon: 
         assert [e.payload.epoch for e in events if isinstance(e.payload, kind)] == list(range(1, 61))
     told = {e.payload.file: e.payload.sha256 for e in events if isinstance(e.payload, CheckpointWritten)}
     assert told == {e.file: e.sha256 for e in Manifest.read(daemon.directory.version("colours", 1)).epochs}
-    assert [type(e.payload) for e in events].count(DatasetReport) == 1
+    assert [type(e.payload) for e in events].count(DatasetReport) == 2, "before and after the images were looked at"
     (line,) = [e.payload.text for e in events if isinstance(e.payload, LogLine) and "SIGKILL" in e.payload.text]
     assert line.endswith("another one goes on from where it was")
     assert daemon.telemetry.epochs == [("colours", epoch) for epoch in range(1, 61)]

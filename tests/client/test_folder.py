@@ -10,7 +10,7 @@ import pytest
 from backboned import _client_folder
 from backboned._client_folder import photos
 from backboned.client import ClientError
-from backboned.server.training import samples
+from backboned.server.training.datasets import samples
 
 
 def fill(folder: Path, *paths: str) -> Path:

@@ -1,4 +1,4 @@
-"""Jobs over the wire: watched from anywhere, cancelled in any state, and a trainer that is killed."""
+"""Jobs over the wire: watched from anywhere, cancelled in any state, and gone on with when a trainer is killed."""
 
 import os
 import signal
@@ -57,19 +57,22 @@ def test_a_running_and_a_waiting_job_are_cancelled(client: Client, train_long: T
         assert Path(checkpoint.uri.removeprefix("file://")).is_file()
 
 
-def test_a_trainer_that_is_killed_fails_its_job_and_nothing_else(
+def test_a_trainer_that_is_killed_is_followed_by_another_one(
     served: LocalDaemon, client: Client, train_long: TrainLong, photo: bytes, trainers: Callable[[int], list[int]]
 ) -> None:
     before = client.predict("flowers", photo).predictions[0].classes
     job = train_long(client, "killed")
     (pid,) = trainers(served.pid)
     os.kill(pid, signal.SIGKILL)
-    ended = client.wait(job.id)
-    assert ended.state == pb.JOB_STATE_FAILED
-    assert "killed by SIGKILL (most often the system is out of memory: lower batch_size)" in ended.error
-    assert f"are kept as version {job.version}; start it again with warm_start_version={job.version}" in ended.error
+    watch = client.watch(job.id)
+    told = next(e.log for e in watch if "SIGKILL" in e.log)
+    assert told.endswith("another one goes on from where it was")
+    next(e for e in watch if e.HasField("checkpoint"))  # and it does
     assert client.predict("flowers", photo).predictions[0].classes == before
-    assert list(client.list_checkpoints(model="killed", filter=f"version = {job.version} AND best = true"))
+    assert client.cancel_job(job.id).state == pb.JOB_STATE_CANCELLED
+    epochs = [e.checkpoint.epoch for e in client.watch(job.id) if e.HasField("checkpoint")]
+    assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) >= 2
+    assert {c.epoch for c in client.list_checkpoints(model="killed")} == set(epochs)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 
 from backboned.registry.errors import invalid
 from backboned.server.training.events import EpochDone, JobEventPayload, JobState, StateChanged, from_json
+from backboned.server.training.reason import reason
 from backboned.server.training.spec import TrainerSpec
-from backboned.server.training.trainer import reason
 
 MakeSpec = Callable[..., TrainerSpec]
 

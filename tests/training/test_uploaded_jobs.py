@@ -63,7 +63,13 @@ def supervisor(
         directory=CheckpointDirectory(tmp_path / "checkpoints"),
         catalogue=catalogue,
         weights=WeightStore(catalogue, files),
-        settings=TrainingSettings(tmp_path / "work", uploads=uploads.datasets_folder, weight_files=files, device="cpu"),
+        settings=TrainingSettings(
+            tmp_path / "work",
+            tmp_path / "features",
+            uploads=uploads.datasets_folder,
+            weight_files=files,
+            device="cpu",
+        ),
         telemetry=Telemetry(),  # type: ignore[arg-type]
         before_success=lambda *_: asyncio.sleep(0),
     )
@@ -84,7 +90,7 @@ async def test_a_dataset_is_found_by_its_id_without_a_data_root(
     supervisor: JobSupervisor, uploads: UploadStore, dataset: str
 ) -> None:
     job = await submit(supervisor, dataset)
-    assert (job.folder, job.request.dataset) == (uploads.datasets_folder / dataset, dataset)
+    assert (job.folder, job.request.dataset) == (str(uploads.datasets_folder / dataset), dataset)
     error = await refused(submit(supervisor, dataset[:-3] + "zzz"))
     assert error.kind is ErrorKind.PERMISSION_DENIED  # no id: a path
     error = await refused(submit(supervisor, dataset[:-3]))
@@ -95,11 +101,11 @@ async def test_a_dataset_is_found_by_its_id_without_a_data_root(
 
 def test_a_job_may_read_its_own_dataset_and_no_other(uploads: UploadStore, tmp_path: Path) -> None:
     datasets, root = uploads.datasets_folder, tmp_path / "root"
-    settings = TrainingSettings(tmp_path, (root,), uploads=datasets)
-    assert settings.roots_for(datasets / "ds-1") == (root, datasets / "ds-1")
+    settings = TrainingSettings(tmp_path, tmp_path, (root,), uploads=datasets)
+    assert settings.roots_for(str(datasets / "ds-1")) == (root, datasets / "ds-1")
     for folder in (root / "photos", datasets, datasets.parent, datasets / "ds-1" / "red"):
-        assert settings.roots_for(folder) == (root,)
-    assert TrainingSettings(tmp_path, (root,)).roots_for(datasets / "ds-1") == (root,)
+        assert settings.roots_for(str(folder)) == (root,)
+    assert TrainingSettings(tmp_path, tmp_path, (root,)).roots_for(str(datasets / "ds-1")) == (root,)
 
 
 async def test_a_dataset_is_kept_while_a_job_waits_for_it(

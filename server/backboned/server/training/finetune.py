@@ -1,7 +1,6 @@
 """A job from its spec to its version's report."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -146,6 +145,8 @@ class _Job:
         self._record = Record(spec, backbone, options, parts.dataset, start)
         self._judge = Judge(backbone, options.trainable_stages, precision, parts.train, parts.validation, check=check)
         self._resume = ResumeFile(spec.work_dir)
+        if "best" in self._resume.state and not self._record.manifest.epochs:  # someone has removed them
+            self._resume.state = {}
 
     def train_head(self) -> None:
         """The head alone, on features that lie in the cache."""
@@ -173,14 +174,13 @@ class _Job:
             head_factor=1.0 if probed or self._start.head_rows else FRESH_HEAD_FACTOR,
         )
         torch.set_num_threads(self._spec.threads)
-        began = time.monotonic()
         rights = state["rights"] if auto and probed else None
         if rights is None:
             self._follow(trainer, 0, lambda trained: trained.done.best)
         else:
             self._follow(trainer, 1, self._beats(rights))
         if rights is not None:
-            self._tell_gain(float(rights.mean()), time.monotonic() - began)
+            self._tell_gain(float(rights.mean()))
 
     def finish(self, report: DatasetReport) -> None:
         """Say that the version is complete, judge it, and write its report."""
@@ -280,14 +280,15 @@ class _Job:
 
         return beats
 
-    def _tell_gain(self, probe: float, seconds: float) -> None:
-        best = self._record.manifest.best
+    def _tell_gain(self, probe: float) -> None:
+        manifest = self._record.manifest
+        best, seconds = manifest.best, manifest.epochs[-1].create_time - manifest.epochs[0].create_time
         names = ", ".join(self._options.trainable_stages)
         if best.epoch == 1:
             text = f"the head alone stays: training {names} too gained no more than noise"
         else:
             text = f"training {names} too: validation accuracy {probe:.4f} → {best.metrics.val_accuracy:.4f}"
-        self._emit(LogLine(f"{text}, in {seconds:.0f} s"))
+        self._emit(LogLine(f"{text}; it took {seconds:.0f} s"))
 
 
 def _gain(before: Tensor, after: Tensor) -> float:

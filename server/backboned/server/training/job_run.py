@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from backboned.server.training.events import (
 from backboned.server.training.jobs import Job
 from backboned.server.training.journal import JobJournal
 from backboned.server.training.outcome import Ask, Ended, kept_epochs, outcome
+from backboned.server.training.reason import reason
 from backboned.server.training.settings import TrainingSettings, TrainingTelemetry
 from backboned.server.training.spec import TrainerSpec
 from backboned.server.training.standby import Standby
@@ -61,33 +61,30 @@ class JobRun:
         self._counted = FeatureProgress(0, 0, 0.0)
 
     def ask(self, why: Ask) -> None:
-        """Ask the trainer to stop; the first reason counts. Returns at once: wait for `ended`."""
-        self._asked = self._asked or why
+        """Ask the trainer to stop; to cancel counts more than to stop. Returns at once: wait for `ended`."""
+        if self._asked is not Ask.CANCEL:
+            self._asked = why
         self._stop.set()
 
     async def run(self) -> StateChanged | None:
         """Train, publishing events, and return the final state without publishing it.
 
         A trainer that dies is followed by another one, which goes on from the last epoch. None if the daemon stops
-        first: the job's folder stays, and its next run goes on from there.
+        first. The job's folder stays, and its next run goes on from there.
         """
         folder = work_folder(self._settings, self.job.id)
-        final: StateChanged | None = StateChanged(JobState.FAILED, "the job could not be run")
         try:
             self._told = {_identity(event.payload) for event in await self._journal.so_far(self.job.id)}
-            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-            final = await self._train_to_the_end(folder)
+            for needed in (folder, self._directory.version(self.job.model, self.job.version)):
+                await asyncio.to_thread(needed.mkdir, parents=True, exist_ok=True)
+            return await self._train_to_the_end(folder)
         except Exception as error:  # a full disk, no process to be had: the job fails, the daemon goes on
             _logger.exception("job %s could not be run", self.job.id)
-            final = StateChanged(JobState.FAILED, f"the job could not be run: {error}")
-        finally:
-            if final is not None:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        return final
+            return StateChanged(JobState.FAILED, f"the job could not be run: {reason(error)}")
 
     async def _train_to_the_end(self, folder: Path) -> StateChanged | None:
         fruitless = 0
-        while True:
+        while self._asked is None:
             before = self._furthest
             ended = await self._train(folder)
             fruitless = fruitless + 1 if self._furthest == before else 1
@@ -96,9 +93,10 @@ class JobRun:
             if final is not None or self._asked is not None:
                 return final
             _logger.warning("job %s: %s; another trainer goes on", self.job.id, ended.how)
-            await self._publish(LogLine(f"{ended.how}; another one goes on from where it was"))
+            await self._journal.publish(self.job.id, LogLine(f"{ended.how}; another one goes on from where it was"))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), _PAUSE_SECONDS * (fruitless - 1))
+        return StateChanged(JobState.CANCELLED) if self._asked is Ask.CANCEL else None
 
     async def _train(self, folder: Path) -> Ended:
         process = await self._standby.take()
@@ -112,8 +110,7 @@ class JobRun:
                 if isinstance(payload, StateChanged):
                     told = payload
                 else:
-                    await self._publish(payload)
-                    self._measure(payload)
+                    self._measure(payload, new=await self._publish(payload))
             how = await process.ended()
             if told is None or told.state is JobState.FAILED:
                 _logger.warning("job %s: %s; its last words: %s", self.job.id, how, process.last_words)
@@ -122,20 +119,22 @@ class JobRun:
             stopper.cancel()
             process.kill()
 
-    async def _publish(self, payload: JobEventPayload) -> None:
-        """Publish what hasn't been told yet: a trainer that goes on repeats some of it."""
+    async def _publish(self, payload: JobEventPayload) -> bool:
+        """Publish what hasn't been told yet, and say whether that was so: a trainer that goes on repeats some of it."""
         identity = _identity(payload)
-        if identity not in self._told:
-            self._told.add(identity)
-            await self._journal.publish(self.job.id, payload)
+        if identity in self._told:
+            return False
+        await self._journal.publish(self.job.id, payload)
+        self._told.add(identity)
+        return True
 
     async def _stop_when_asked(self, process: TrainerProcess) -> None:
         await self._stop.wait()
         with suppress(TimeoutError):
             await process.stop(_KILL_AFTER_SECONDS)
 
-    def _measure(self, payload: JobEventPayload) -> None:
-        if isinstance(payload, EpochDone):
+    def _measure(self, payload: JobEventPayload, *, new: bool) -> None:
+        if isinstance(payload, EpochDone) and new:
             self._furthest = max(self._furthest, (payload.epoch, 0))
             self._telemetry.training_epoch(
                 self.job.model,

@@ -168,7 +168,7 @@ class JobStore:
                 if JobState(row.state).final:
                     return
                 row.state, row.error = payload.state.value, payload.error
-                if payload.state is JobState.RUNNING:
+                if payload.state is JobState.RUNNING and row.start_time is None:
                     row.start_time = time.time()
                 if payload.state.final:
                     row.end_time = time.time()

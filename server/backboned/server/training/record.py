@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from backboned.registry.answers import Answers
+from backboned.registry.atomic import TEMPORARY_PREFIX
 from backboned.registry.backbone import Backbone
 from backboned.registry.directory import CheckpointDirectory
-from backboned.registry.errors import BackbonedError
-from backboned.registry.manifest import EpochMetrics, Manifest
+from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.version import VersionWriter, library_versions
 from backboned.registry.weights import StageWeights
 from backboned.server.training.datasets import Dataset
@@ -22,7 +23,10 @@ from backboned.server.training.starting_point import StartingPoint
 
 
 class Record:
-    """Writes epochs: a checkpoint and the manifest after each. Epochs that are there already are written anew."""
+    """Writes epochs: a checkpoint and the manifest after each. One that is there already stays as it is.
+
+    Only one at a time may write a version.
+    """
 
     def __init__(
         self, spec: TrainerSpec, backbone: Backbone, options: TrainingOptions, dataset: Dataset, start: StartingPoint
@@ -45,8 +49,16 @@ class Record:
             versions=library_versions(),
         )
         self.folder = CheckpointDirectory(spec.checkpoint_dir).version(spec.model, spec.version)
-        with suppress(BackbonedError):  # there is none yet, or what a killed trainer left can't be understood
+        for left in self.folder.glob(f"{TEMPORARY_PREFIX}*"):  # what a killed trainer was writing
+            left.unlink(missing_ok=True)
+        with suppress(BackbonedError):  # there is none yet, or it can't be understood
             manifest = Manifest.read(self.folder)
+        if manifest.dataset["fingerprint"] != dataset.fingerprint:
+            raise BackbonedError(
+                ErrorKind.FAILED_PRECONDITION,
+                f"dataset {dataset.location} has changed since the job began, which can't go on with another one",
+                field="dataset",
+            )
         self._writer = VersionWriter(self.folder, manifest)
 
     @property
@@ -67,6 +79,8 @@ class Record:
     ) -> CheckpointWritten:
         """Write an epoch. `stages` are as `stages` makes them. Raises `OSError`."""
         done = trained.done
+        if (kept := self._kept(epoch)) is not None:
+            return _written(kept, best=best)
         own = self._start.own | set(trained.stages)
         names = tuple(s.name for s in self._backbone.chain if s.name in own and stages[s.name].tensors)
         written = self._writer.write(
@@ -80,13 +94,20 @@ class Record:
             trained=names,
             answers=answers,
         )
-        return CheckpointWritten(
-            written.epoch, written.file, written.sha256, written.size_bytes, written.create_time, best
-        )
+        return _written(written, best=best)
 
     def complete(self) -> None:
         """Say that the version has ended well."""
         self._writer.complete()
+
+    def _kept(self, epoch: int) -> Epoch | None:
+        """An epoch that a killed trainer wrote, if it is there still."""
+        kept = next((e for e in self.manifest.epochs if e.epoch == epoch), None)
+        return kept if kept is not None and (self.folder / kept.file).is_file() else None
+
+
+def _written(epoch: Epoch, *, best: bool) -> CheckpointWritten:
+    return CheckpointWritten(epoch.epoch, epoch.file, epoch.sha256, epoch.size_bytes, epoch.create_time, best)
 
 
 def _description(dataset: Dataset) -> dict[str, Any]:

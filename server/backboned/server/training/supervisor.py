@@ -39,7 +39,7 @@ _FULL_RETRY_SECONDS = 30.0
 class JobSupervisor:
     """Runs jobs one at a time, in the order they were asked for. For the event loop's thread.
 
-    A trainer's end, however it comes, ends its job and nothing else.
+    A trainer that is killed is followed by another one; a job that fails ends nothing but itself.
     """
 
     def __init__(
@@ -147,7 +147,6 @@ class JobSupervisor:
             run = self._run if self._run is not None and self._run.job.id == job_id else None
             if run is None and not job.state.final:
                 await self._end(job, StateChanged(JobState.CANCELLED))
-                await asyncio.to_thread(shutil.rmtree, work_folder(self._settings, job_id), ignore_errors=True)
         if run is not None:
             run.ask(Ask.CANCEL)
             with suppress(TimeoutError):
@@ -211,6 +210,7 @@ class JobSupervisor:
         if final.state is not JobState.SUCCEEDED:
             await asyncio.to_thread(_remove_if_unused, self._directory.version(job.model, job.version))
         await self._journal.publish(job.id, final)
+        await asyncio.to_thread(shutil.rmtree, work_folder(self._settings, job.id), ignore_errors=True)
         _logger.info("job %s %s %s", job.id, final.state.value, final.error)
 
     def _add(self, request: JobRequest, folder: str) -> Job:

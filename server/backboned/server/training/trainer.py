@@ -5,7 +5,6 @@ output, one line of JSON each; the last is the final state. SIGTERM ends it afte
 when its standard input does, which the daemon holds open while it lives.
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -13,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,12 +20,13 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.errors import BackbonedError
 from backboned.server.training.events import JobEventPayload, JobState, StateChanged, to_json
 from backboned.server.training.finetune import finetune
+from backboned.server.training.reason import reason
 from backboned.server.training.spec import TrainerSpec
-from backboned.server.training.stages_trainer import is_out_of_memory
 
 LOCK_NAME = "lock"
 
 _SECONDS_AFTER_THE_DAEMON = 5.0
+_SECONDS_BETWEEN_TRIES = 0.05
 _NICENESS = 10
 _OOM_SCORE = "500"
 
@@ -47,8 +48,6 @@ def main() -> int:
         return 0  # the daemon has ended, and there was no job
     spec = TrainerSpec.from_json(line)
     threading.Thread(target=_stop_without_daemon, args=(stop,), daemon=True).start()
-    lock = (spec.work_dir / LOCK_NAME).open("wb")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # a trainer that outlived its daemon ends within seconds
 
     def emit(payload: JobEventPayload) -> None:
         events.write(to_json(payload).encode() + b"\n")
@@ -59,7 +58,9 @@ def main() -> int:
             raise _Stopped
 
     try:
-        finetune(spec, emit, check)
+        with (spec.work_dir / LOCK_NAME).open("wb") as lock:
+            _take(lock, stop, check)
+            finetune(spec, emit, check)
         final = StateChanged(JobState.SUCCEEDED)
     except _Stopped:
         final = StateChanged(JobState.CANCELLED)
@@ -90,24 +91,25 @@ def _yield_to_serving() -> None:
         pass
 
 
+def _take(lock: BinaryIO, stop: threading.Event, check: Callable[[], None]) -> None:
+    """Wait until no other trainer has the job: one that outlived its daemon ends within seconds."""
+    while True:
+        check()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop.wait(_SECONDS_BETWEEN_TRIES)
+        else:
+            return
+
+
 def _stop_without_daemon(stop: threading.Event) -> None:
     """Wait for the end of standard input; then stop as on SIGTERM, and if that takes too long, at once."""
-    sys.stdin.read()
+    while os.read(0, 2**16):  # not through `sys.stdin`, whose lock the interpreter wants when it ends
+        pass
     stop.set()
     threading.Event().wait(_SECONDS_AFTER_THE_DAEMON)
     os._exit(1)
-
-
-def reason(error: Exception) -> str:
-    """One line for the job's owner."""
-    if isinstance(error, BackbonedError):
-        return error.message
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"disk full{where}: make room, or give --state-dir and --checkpoint-dir a larger disk"
-    if is_out_of_memory(error):
-        return "out of memory: lower batch_size, or train fewer stages"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 if __name__ == "__main__":

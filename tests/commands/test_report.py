@@ -42,7 +42,9 @@ def test_it_is_written_where_one_wants_it_and_told_to_programs(
     call: Call, running: LocalDaemon, report: Path, tmp_path: Path
 ) -> None:
     out_file = tmp_path / "page.html"
-    code, out, _ = call("report", "squares", "--alias", "latest", "-o", out_file, "--json", "--server", running.grpc)
+    with Client(running.grpc) as client:
+        client.set_alias("squares", "shown", 1)
+    code, out, _ = call("report", "squares", "--alias", "shown", "-o", out_file, "--json", "--server", running.grpc)
     assert code == 0
     assert json.loads(out) == {"model": "squares", "version": "1", "file": str(out_file)}
     assert out_file.is_file()

@@ -20,7 +20,7 @@ from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
 
 _logger = logging.getLogger(__name__)
-KILLS = int(os.environ.get("BACKBONED_KILLS", "12"))
+KILLS = int(os.environ.get("BACKBONED_KILLS", "5"))
 SEED = 2
 DAEMON_SHARE = 0.3
 """So many of the kills are the daemon's, the others a trainer's."""

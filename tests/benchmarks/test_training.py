@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("BACKBONED_BENCHMARKS" not in os.environ, reason="a minute or two; set BACKBONED_BENCHMARKS=1")
 @pytest.mark.timeout(300)
 def test_the_three_ways_to_train_are_timed(tmp_path: Path) -> None:
     run = subprocess.run(

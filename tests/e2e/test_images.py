@@ -156,7 +156,7 @@ def test_what_is_no_picture_is_named_by_its_index_and_its_fault(
 def test_an_image_without_a_source_is_named(refusal: Callable[[str, Message], ClientError]) -> None:
     error = refusal("Predict", pb.PredictRequest(model="flowers", images=[pb.Image()]))
     assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "images[0]")
-    assert "set `encoded` or `tensor`" in error.message
+    assert "set `encoded`, `dataset_image` or `tensor`" in error.message
 
 
 def test_answers_are_ranked_cut_at_top_k_and_carry_features_when_asked(client: Client, photo: bytes) -> None:

@@ -20,7 +20,7 @@ from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
 
 _logger = logging.getLogger(__name__)
-KILLS = int(os.environ.get("BACKBONED_KILLS", "5"))
+KILLS = int(os.environ.get("BACKBONED_KILLS", "2"))
 SEED = 2
 DAEMON_SHARE = 0.3
 """So many of the kills are the daemon's, the others a trainer's."""
@@ -28,12 +28,16 @@ DAEMON_SHARE = 0.3
 STARTUP_SHARE = 0.25
 """So many of the kills come while a trainer starts, the others after it has written something."""
 
-JOBS: Mapping[str, dict[str, Any]] = {
+ALL_JOBS: Mapping[str, dict[str, Any]] = {
     "head": {"max_epochs": 15, "views": 1},
-    "rate": {"max_epochs": 100, "views": 1, "seed": 3, "learning_rate": 0.01, "weight_decay": 0.01},
+    "rate": {"max_epochs": 60, "views": 1, "seed": 3, "learning_rate": 0.01, "weight_decay": 0.01},
     "stage": {"max_epochs": 60, "views": 1, "trainable_stages": ["layer3"]},
     "auto": {"max_epochs": 30, "views": 1, "trainable_stages": ["auto"]},
 }
+FEW = ("rate", "stage")
+"""These alone are run where there are few kills."""
+
+JOBS = ALL_JOBS if KILLS > len(ALL_JOBS) else {name: ALL_JOBS[name] for name in FEW}
 PATIENCE_SECONDS = 120.0 + 20.0 * KILLS
 
 Start = Callable[..., LocalDaemon]

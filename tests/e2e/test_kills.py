@@ -37,7 +37,7 @@ ALL_JOBS: Mapping[str, dict[str, Any]] = {
 FEW = ("rate", "stage")
 """These alone are run where there are few kills."""
 
-JOBS = ALL_JOBS if KILLS > len(ALL_JOBS) else {name: ALL_JOBS[name] for name in FEW}
+JOBS = ALL_JOBS if KILLS >= 5 else {name: ALL_JOBS[name] for name in FEW}
 PATIENCE_SECONDS = 120.0 + 20.0 * KILLS
 
 Start = Callable[..., LocalDaemon]

@@ -78,13 +78,14 @@ class Daemon:
             weights=WeightStore(self._catalogue, self._files),
             settings=TrainingSettings(
                 **{
+                    "standby": False,
                     "work_dir": self.work,
                     "cache_dir": self.root / "features",
                     "data_roots": (self.root / "data",),
                     "weight_files": self._files,
                     "device": "cpu",
                     **settings,
-                }
+                },
             ),
             telemetry=self.telemetry,
             before_success=self._serve,

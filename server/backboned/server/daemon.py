@@ -238,6 +238,7 @@ def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings
         work_dir=config.state_dir.absolute() / "work",
         cache_dir=config.state_dir.absolute() / "features",
         cache_bytes=config.cache_size,
+        standby=config.trainer_standby == "auto",
         compiled_dir=config.state_dir.absolute() / COMPILED_NAME if config.compile == "auto" else None,
         precision=config.precision,
         data_roots=tuple(root.absolute() for root in config.data_root),

@@ -207,7 +207,7 @@ def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | 
     flags += [f"--http-port={free_port(host, settings.http_port)}"]
     flags += [f"--data-root={root}" for root in (*settings.data_root, _root(folder.resolve()))]
     flags += [f"--weights={name}={file}" for name, file in settings.weights.items()]
-    flags += ["--compile=off"]  # it ends with the job: nobody would see the gain
+    flags += ["--compile=off", "--trainer-standby=off"]  # it ends with the job: nobody would see the gain
     flags += [f"--config={config}"] if config else []
     notice(f"no daemon answers at {server}: starting one here (data in {settings.state_dir})")
     return LocalDaemon.start(flags, settings.state_dir)

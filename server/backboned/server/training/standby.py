@@ -14,12 +14,12 @@ _logger = logging.getLogger(__name__)
 class Standby:
     """Keeps one process ready while jobs run, and for ten minutes after. For the event loop's thread."""
 
-    def __init__(self, plugin_modules: tuple[str, ...]) -> None:
+    def __init__(self, plugin_modules: tuple[str, ...], *, enabled: bool = True) -> None:
         self._plugin_modules = plugin_modules
         self._ready: TrainerProcess | None = None
         self._idle: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
-        self._closed = False
+        self._closed = not enabled
 
     async def take(self) -> TrainerProcess:
         """The process that waits, or a new one. Raises `OSError` if none can be started."""

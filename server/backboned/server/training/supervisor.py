@@ -63,7 +63,7 @@ class JobSupervisor:
         self._submission = Submission(directory, catalogue, weights, settings)
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._run: JobRun | None = None
-        self._standby = Standby(settings.plugin_modules)
+        self._standby = Standby(settings.plugin_modules, enabled=settings.standby)
         self._turn = asyncio.Lock()  # held while a queued job is added, starts or is cancelled
         self._stopping = False
         self._worker: asyncio.Task[None] | None = None

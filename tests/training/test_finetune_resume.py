@@ -135,11 +135,14 @@ def test_a_listener_that_goes_away_does_no_harm(
 
 def test_finished_epochs_and_features_are_not_computed_again(make_fresh: Callable[[str], TrainerSpec]) -> None:
     spec = make_fresh("stages")
+    before: list[JobEventPayload] = []
     with pytest.raises(InterruptedError, match="enough"):
-        finetune(spec, lambda _: None, Stop(folder(spec) / "epoch-0002.pt"))
+        finetune(spec, before.append, Stop(folder(spec) / "epoch-0002.pt"))
     events: list[JobEventPayload] = []
     finetune(spec, events.append, lambda: None)
-    assert [e.epoch for e in events if isinstance(e, EpochDone)] == [3]
+    epochs = [e for e in events if isinstance(e, EpochDone)]
+    assert [e.epoch for e in epochs] == [1, 2, 3]
+    assert epochs[:2] == [e for e in before if isinstance(e, EpochDone)]  # told again, with the speed of then
     (*_, features) = (e for e in events if isinstance(e, FeatureProgress))
     assert features.cached == features.total
 

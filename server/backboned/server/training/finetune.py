@@ -16,7 +16,7 @@ from backboned.registry.weights import StageWeights, WeightStore
 from backboned.server.compute.device import Device
 from backboned.server.training.datasets import Access, Dataset, Store, read_dataset
 from backboned.server.training.epochs import Trained
-from backboned.server.training.events import DatasetReport, JobEventPayload, LogLine
+from backboned.server.training.events import DatasetReport, JobEventPayload, LogLine, from_json, to_json
 from backboned.server.training.feature_cache import FeatureCache
 from backboned.server.training.feature_pass import FeaturePass, Parts
 from backboned.server.training.frozen_stages import frozen_stages
@@ -39,6 +39,9 @@ from backboned.server.training.starting_point import StartingPoint, warm_start
 PROBE_EPOCHS = 10
 FRESH_HEAD_FACTOR = 10.0
 """A new head that no probe could be fitted to learns so many times faster than the pretrained stages."""
+
+TOLD_AGAIN = 400
+"""Events that a trainer that goes on tells once more: more than a pipe holds."""
 
 NOISE = 1.64
 """Standard errors that a gain must exceed to be none by chance in 19 of 20 cases."""
@@ -145,6 +148,8 @@ class _Job:
         self._record = Record(spec, backbone, options, parts.dataset, start)
         self._judge = Judge(backbone, options.trainable_stages, precision, parts.train, parts.validation, check=check)
         self._resume = ResumeFile(spec.work_dir)
+        for line in self._resume.state.get("told", ()):
+            emit(from_json(line))  # a daemon that was killed may not have heard it
         if "best" in self._resume.state and not self._record.manifest.epochs:  # someone has removed them
             self._resume.state = {}
 
@@ -152,7 +157,7 @@ class _Job:
         """The head alone, on features that lie in the cache."""
         trainer = self._head_trainer(self._start, self._options, self._parts.train, self._parts.validation)
         if trainer.cross_validated:
-            self._emit(LogLine("few images train: cross-validation over them chooses the head, not validation"))
+            self._tell(LogLine("few images train: cross-validation over them chooses the head, not validation"))
         self._follow(trainer, 0, lambda trained: trained.done.best)
 
     def train_stages(self, *, auto: bool) -> None:
@@ -207,6 +212,11 @@ class _Job:
             max_image_pixels=self._spec.max_image_pixels,
         )
 
+    def _tell(self, payload: JobEventPayload) -> None:
+        """Emit it, and keep it for a daemon that is killed before it has read it."""
+        self._resume.state["told"] = [*self._resume.state.get("told", ()), to_json(payload)][-TOLD_AGAIN:]
+        self._emit(payload)
+
     def _follow(self, trainer: HeadTrainer | StagesTrainer, before: int, is_best: Callable[[Trained], bool]) -> None:
         """Train to the end, keeping each epoch and then the state to go on from; `before` epochs were kept already."""
         if (kept := self._resume.state.get("trainer")) is not None:
@@ -221,8 +231,8 @@ class _Job:
         best = best or epoch == 1
         classes = len(self._parts.dataset.classes)
         answers = self._judge.answers(self._options.task, classes, stages) if best else None
-        self._emit(replace(trained.done, epoch=epoch, best=best))
-        self._emit(self._record.write(epoch, trained, stages, best=best, answers=answers))
+        self._tell(replace(trained.done, epoch=epoch, best=best))
+        self._tell(self._record.write(epoch, trained, stages, best=best, answers=answers))
         if best:
             self._resume.state["best"] = {name: dict(stages[name].tensors) for name in trained.stages}
 
@@ -255,7 +265,7 @@ class _Job:
             if trained.done.best:
                 best = trained
         assert best is not None  # the first epoch is the best so far
-        self._emit(LogLine(f"the head alone has a validation accuracy of {best.done.val_accuracy:.4f}"))
+        self._tell(LogLine(f"the head alone has a validation accuracy of {best.done.val_accuracy:.4f}"))
         if auto:
             self._keep(1, best, best=True)
         head = {k: t.detach().cpu().clone() for k, t in best.stages[self._backbone.head.name].items()}
@@ -288,7 +298,7 @@ class _Job:
             text = f"the head alone stays: training {names} too gained no more than noise"
         else:
             text = f"training {names} too: validation accuracy {probe:.4f} → {best.metrics.val_accuracy:.4f}"
-        self._emit(LogLine(f"{text}; it took {seconds:.0f} s"))
+        self._tell(LogLine(f"{text}; it took {seconds:.0f} s"))
 
 
 def _gain(before: Tensor, after: Tensor) -> float:

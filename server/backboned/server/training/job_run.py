@@ -119,6 +119,7 @@ class JobRun:
         finally:
             stopper.cancel()
             process.kill()
+            await process.ended()  # it is gone when this is over, also when the daemon stops
 
     async def _publish(self, payload: JobEventPayload) -> bool:
         """Publish what hasn't been told yet, and say whether that was so: a trainer that goes on repeats some of it."""

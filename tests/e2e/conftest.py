@@ -175,6 +175,7 @@ def served(
         "--device=cpu",
         "--precision=fp32",
         "--compile=off",
+        "--trainer-standby=off",
         "--grpc-port=0",
         "--http-port=0",
     ]

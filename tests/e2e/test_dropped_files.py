@@ -165,8 +165,6 @@ def test_safetensors_and_a_head_alone_are_served(daemon: tuple[Client, Path], ph
     torch.manual_seed(5)
     full.fc = nn.Linear(512, 4)
     full.eval()
-    (root / "tensors").mkdir()
-    save_file(full.state_dict(), root / "tensors" / "model.safetensors")
     (root / "head").mkdir()
     torch.save(
         {
@@ -175,8 +173,11 @@ def test_safetensors_and_a_head_alone_are_served(daemon: tuple[Client, Path], ph
         },
         root / "head" / "head.pt",
     )
+    wait_for_version(client, "head", 1)  # it brings in the backbone's weights, which the other one is compared with
+    (root / "tensors").mkdir()
+    save_file(full.state_dict(), root / "tensors" / "model.safetensors")
+    wait_for_version(client, "tensors", 1)
     for name in ("tensors", "head"):
-        wait_for_version(client, name, 1)
         assert_answers_like(client, name, full, photo, [f"class_{i}" for i in range(4)])
     shared = client.get_model("tensors").versions[0].shared_stages
     assert set(shared) >= {"stem", "layer1", "layer2", "layer3", "layer4"}  # recognised stage by stage

@@ -29,8 +29,8 @@ help: ## tell the targets
 demo: $(INSTALLED) ## fine-tune, hot-load and predict on handwritten digits, offline
 	@$(BIN)/backboned demo
 
-test: $(INSTALLED) ## run the tests (TESTS="tests/registry -k digest" runs some)
-	@$(BIN)/python -m pytest $(TESTS)
+test: $(INSTALLED) ## run the tests, two files at a time (TESTS="tests/registry -k digest" runs some)
+	@$(BIN)/python -m pytest $(or $(TESTS),--numprocesses 2 --dist loadfile)
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH=benchmarks/NAME.py runs one)
 	@for bench in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do \

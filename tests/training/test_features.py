@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backboned.registry import Catalogue
+from backboned.registry import BackbonedError, Catalogue
 from backboned.registry.weights import StageWeights, WeightStore, seeded_state
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
@@ -263,3 +263,36 @@ def test_what_the_progress_raises_ends_the_work_and_what_was_computed_stays(
     done = features.prepare(nothing)
     assert (done.cached, done.computed) == (16, 23 * VIEWS - 16)
     assert torch.equal(all_rows(features, 23), all_rows(expected, 23))
+
+
+def test_a_file_that_is_changed_while_it_is_read_does_not_pass_for_what_it_was(
+    open_features: Open, paths: list[Path]
+) -> None:
+    first, other = paths[3].read_bytes(), paths[20].read_bytes()
+    calls = iter(range(1000))
+
+    def change(done: Prepared) -> None:
+        if next(calls) == 1:  # every digest is known, and nothing computed
+            paths[3].write_bytes(other)
+
+    done = open_features(paths).prepare(change)
+    assert done.unreadable == {3: "it was changed while it was read"}
+    paths[3].write_bytes(first)
+    again = open_features(paths)
+    assert again.prepare(nothing).computed == VIEWS
+    assert torch.equal(all_rows(again, 23), all_rows(open_features_of(open_features, paths), 23))
+
+
+def open_features_of(open_features: Open, paths: list[Path]) -> Features:
+    """Features that a cache of their own holds."""
+    features = open_features(paths, cache="another")
+    features.prepare(nothing)
+    return features
+
+
+def test_an_image_that_is_lost_while_nothing_is_cached_is_said(open_features: Open, paths: list[Path]) -> None:
+    features = open_features(paths, limit_bytes=0)
+    features.prepare(nothing)
+    paths[2].unlink()
+    with pytest.raises(BackbonedError, match="an image is lost: can't be read: No such file"):
+        features.batch(torch.arange(4), torch.zeros(4, dtype=torch.int64))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backboned.registry.backbone import Backbone, Preprocessing
-from backboned.registry.errors import BackbonedError
+from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import augment, normalise, read
@@ -177,8 +177,10 @@ class Features:
         rows = list(zip(images.tolist(), views.tolist(), strict=True))
         if all(row in self._places for row in rows):
             return self._frozen.inputs(self._space.rows([self._places[row] for row in rows]))
-        values = [batch.values for batch in self._in_parallel(rows)]
-        return self._frozen.inputs(torch.cat([part for part in values if part is not None]))
+        batches = list(self._in_parallel(rows))
+        if lost := [reason for batch in batches for reason in batch.reasons.values()]:
+            raise BackbonedError(ErrorKind.FAILED_PRECONDITION, f"an image is lost: {lost[0]}", field="dataset")
+        return self._frozen.inputs(torch.cat([batch.values for batch in batches if batch.values is not None]))
 
     def _read_digests(self, done: Prepared, progress: Callable[[Prepared], None]) -> None:
         def digest(index: int) -> bytes | str:
@@ -256,6 +258,9 @@ class Features:
         for index, views in by_image.items():
             try:
                 data = self._images.load(index)
+                if hashlib.sha256(data).digest() != self._digests[index]:  # else its rows would pass for another's
+                    batch.reasons[index] = "it was changed while it was read"
+                    continue
                 taken = self._images.pixels(data, views)
             except (BackbonedError, OSError) as error:
                 batch.reasons[index] = _reason(error)

@@ -1,9 +1,8 @@
 """`backboned finetune`: a classifier from a folder of photos, by one command."""
 
 import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from backboned.client import Client, ClientError
 from backboned.server.commands.jobs import follow, require_success, took_seconds
-from backboned.server.commands.local_daemon import LocalDaemon, free_port, is_listening
+from backboned.server.commands.local_daemon import LocalDaemon, ended_by_signals, free_port, is_listening
 from backboned.server.commands.options import DEFAULT_ADDRESS, ConfigFile, Json, Server
 from backboned.server.commands.output import as_dict, console, duration, notice, print_json
 from backboned.server.commands.uploading import is_unseen
@@ -118,7 +117,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         daemon = None
         if not is_listening(server):
-            stack.enter_context(_ended_by_signals())
+            stack.enter_context(ended_by_signals())
             daemon = stack.enter_context(_start_daemon(path, server, weights or [], config))
             server = daemon.grpc
         elif weights:
@@ -215,21 +214,6 @@ def _start_daemon(folder: Path, server: str, weights: list[str], config: Path | 
 
 def _root(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Make a hang-up or a request to stop end the command as Ctrl-C does, so that the daemon isn't left behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGHUP, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _task(given: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from backboned.server.commands.local_daemon import ended_by_signals
 from backboned.server.commands.output import console, duration, print_json
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -27,7 +28,7 @@ def demo(
     begin = time.perf_counter()
     from backboned.server.commands.demo.story import tell  # brings torch
 
-    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+    with ended_by_signals(), contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         result = tell(output)
         console().print(f"\ndone in {duration(time.perf_counter() - begin)}", style="bold green")
     if json:

@@ -1,6 +1,6 @@
 """Features of images: found, computed and kept, and always the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backboned.registry import BackbonedError, Catalogue
+from backboned.registry import Backbone, BackbonedError, Catalogue, Preprocessing
 from backboned.registry.weights import StageWeights, WeightStore, seeded_state
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
@@ -22,12 +22,20 @@ Open = Callable[..., Features]
 VIEWS = 2
 
 
+def frozen_by(
+    backbone: Backbone, weights: Mapping[str, StageWeights], preprocessing: Preprocessing, device: Device
+) -> Frozen:
+    """All stages but the head."""
+    digests = {stage.name: weights[stage.name].digest for stage in backbone.chain[:-1]}
+    return Frozen(backbone, digests, lambda: StageStore(device).path(backbone, weights)[:-1], preprocessing, device)
+
+
 @pytest.fixture
 def frozen(catalogue: Catalogue, weights_file: Path) -> Frozen:
     backbone = catalogue.get("digits")
     weights = WeightStore(catalogue, {"digits": weights_file}).stages("digits")
     device = Device.choose("cpu", "fp32")
-    return Frozen(backbone, StageStore(device).path(backbone, weights)[:-1], backbone.preprocessing, device)
+    return frozen_by(backbone, weights, backbone.preprocessing, device)
 
 
 @pytest.fixture
@@ -102,9 +110,9 @@ def open_with_rows(open_features: Open, paths: list[Path]) -> Features:
 
 
 def test_pixels_are_cached_where_every_stage_trains(open_features: Open, frozen: Frozen, paths: list[Path]) -> None:
-    features = open_features(paths, below=replace(frozen, path=()))
+    features = open_features(paths, below=replace(frozen, digests={}))
     features.prepare(nothing)
-    again = open_features(paths, below=replace(frozen, path=()))
+    again = open_features(paths, below=replace(frozen, digests={}))
     assert again.prepare(nothing).computed == 0
     image = prepare(decode(paths[4].read_bytes(), max_pixels=10**6), frozen.preprocessing)
     served = again.batch(torch.tensor([4]), torch.tensor([0]))
@@ -118,9 +126,8 @@ def test_a_row_has_the_same_bits_in_any_batch(
     backbone = Catalogue.installed().get(name)
     parts = backbone.split(seeded_state(backbone, seed=3))
     weights = {stage: StageWeights.of(tensors) for stage, tensors in parts.items()}
-    path = StageStore(frozen.device).path(backbone, weights)[:-1]
     preprocessing = replace(backbone.preprocessing, resize_size=64, crop_size=64)
-    below = Frozen(backbone, path, preprocessing, frozen.device)
+    below = frozen_by(backbone, weights, preprocessing, frozen.device)
     at_once = open_features(paths, below=below)
     at_once.prepare(nothing)
     scattered = open_features(paths[1::3], below=below, cache="scattered")

@@ -22,6 +22,7 @@ import torch
 from backboned.registry.atomic import write_atomically
 from backboned.registry.digest import file_digest
 from backboned.server.compute.device import Device, cpu_features
+from backboned.server.compute.stages import LoadedStage
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class ArtefactKey:
     shape: tuple[int, ...]
     precision: str
     platform: str
+
+    @classmethod
+    def of(cls, stage: LoadedStage, size: int, platform: str) -> "ArtefactKey":
+        """What is made of a stage that has been called, for batches of `size`."""
+        assert stage.layout is not None
+        precision = str(stage.layout.dtype).removeprefix("torch.")
+        shape = (size, *stage.layout.shape)
+        return cls(stage.key.backbone, stage.key.stage, stage.key.digest, shape, precision, platform)
 
     @property
     def bucket(self) -> int:
@@ -85,6 +94,13 @@ class ArtefactStore:
             with suppress(OSError):
                 path.unlink()
         return None
+
+    def seconds(self, key: ArtefactKey) -> float | None:
+        """What a batch takes by what was compiled for `key`, as far as its description tells; None if there is none."""
+        try:
+            return float(json.loads(self._paths(key)[1].read_bytes())["seconds"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:

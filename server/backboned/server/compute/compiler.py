@@ -181,10 +181,7 @@ class StageCompiler:
             stage.use(CompiledStage(stage.layout, progress.batches, progress.seconds))
 
     def _key(self, stage: LoadedStage, size: int) -> ArtefactKey:
-        assert stage.layout is not None  # worth_compiling saw to it
-        precision = str(stage.layout.dtype).removeprefix("torch.")
-        shape = (size, *stage.layout.shape)
-        return ArtefactKey(stage.key.backbone, stage.key.stage, stage.key.digest, shape, precision, self._platform)
+        return ArtefactKey.of(stage, size, self._platform)
 
     def _run(self) -> None:
         """Compile as long as there is something to, then let the process end."""

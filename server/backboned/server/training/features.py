@@ -3,9 +3,10 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -35,34 +36,49 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Frozen:
-    """The stages below the boundary; none if everything trains. May be used from any thread."""
+    """The stages below the boundary, by the digests of their weights; none if everything trains.
+
+    `load` gives the stages themselves: it is called once, when rows are first computed, which may never be. May be used
+    from any thread once `path` has been read.
+    """
 
     backbone: Backbone
-    path: Sequence[LoadedStage]
+    digests: Mapping[str, str]
+    load: Callable[[], Sequence[LoadedStage]]
     preprocessing: Preprocessing
     device: Device
+
+    @cached_property
+    def path(self) -> Sequence[LoadedStage]:
+        """The stages, first to last."""
+        return self.load()
 
     @property
     def batch(self) -> int:
         """How many rows are computed at once."""
         return BATCH[self.device.device.type]
 
+    @cached_property
+    def row_bytes(self) -> int:
+        """What a row takes in the cache."""
+        pixels = blank(self.preprocessing)
+        return self._run(pixels, 1).nbytes if self.digests else pixels.nbytes
+
     def rows(self, pixels: Tensor) -> Tensor:
         """`[n, 3, crop, crop]` uint8 → what is cached, `[n, …]` on the CPU: activations, or the pixels themselves."""
-        if not self.path:
+        if not self.digests:
             return pixels
-        with torch.inference_mode():
-            return torch.cat([self._run(part) for part in pixels.split(self.batch)])
+        return torch.cat([self._run(part, self.batch) for part in pixels.split(self.batch)])
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Rows → `[n, …]` float32 on the device, ready for autograd."""
-        if not self.path:
+        if not self.digests:
             return normalise(rows.to(self.device.device), self.preprocessing)
         return rows.to(self.device.device).float().clone()  # a clone is no inference tensor
 
     def describe(self) -> dict[str, object]:
         """All that a row depends on besides its image, as JSON values."""
-        stages = [[stage.key.stage, stage.key.digest] for stage in self.path]
+        stages = [list(item) for item in self.digests.items()]
         return {
             "recipe": _RECIPE,
             "preprocessing": self.preprocessing.to_dict(),
@@ -72,9 +88,10 @@ class Frozen:
             "device": self.device.device.type if stages else "",
         }
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def _run(self, pixels: Tensor, batch: int) -> Tensor:
         count = len(pixels)
-        full = torch.cat([pixels, pixels[-1:].expand(self.batch - count, -1, -1, -1)])
+        full = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
         x = normalise(full.to(self.device.device), self.preprocessing)
         x = x.to(self.device.dtype, memory_format=torch.channels_last)  # a quarter faster on the CPU
         return run_path(self.path, x)[:count].contiguous().cpu()
@@ -164,7 +181,7 @@ class Features:
         self._find_records(done)
         progress(done)
         missing = [row for row in wanted if row not in self._places]
-        if missing and self._cache.holds(len(wanted) * self._row_bytes()):
+        if missing and self._cache.holds(len(wanted) * self._frozen.row_bytes):
             self._compute(missing, done, progress)
         elif missing:
             self._check(done, progress)
@@ -245,7 +262,7 @@ class Features:
 
     def _in_parallel(self, rows: Sequence[tuple[int, int]]) -> Iterator["_Batch"]:
         """Compute rows in their order, a batch at a time; those of unreadable images are left out, and told."""
-        size = self._frozen.batch
+        size, _ = self._frozen.batch, self._frozen.path  # loaded before several threads want it
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from _in_order(pool, self._batch, chunks, 2 * self._workers)
@@ -277,9 +294,6 @@ class Features:
         digest = self._digests[index]
         assert digest is not None  # only readable images have rows
         return RowKey(digest, view)
-
-    def _row_bytes(self) -> int:
-        return self._frozen.rows(blank(self._frozen.preprocessing)).nbytes
 
 
 @dataclass

@@ -8,20 +8,19 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from backboned.registry import Backbone, Catalogue
+from backboned.registry import Catalogue
 from backboned.registry.weights import StageWeights, seeded_state
 from backboned.server.compute.artefacts import ArtefactStore
-from backboned.server.compute.compiler import StageCompiler, next_size, worth_compiling
+from backboned.server.compute.compiler import StageCompiler
 from backboned.server.compute.device import Device
+from backboned.server.compute.reuse import reuse
 from backboned.server.compute.stages import LoadedStage, StageStore, run_path
 from backboned.server.compute.toolchain import missing_for_compiling
 
@@ -70,98 +69,6 @@ compiles = pytest.mark.skipif(bool(missing_for_compiling()), reason=missing_for_
 def run(path: Sequence[LoadedStage], x: Tensor = IMAGES) -> Tensor:
     with torch.inference_mode():
         return run_path(path, x.contiguous(memory_format=torch.channels_last))
-
-
-# What is compiled
-
-
-def test_of_each_stage_the_one_that_most_models_stand_on_is_worth_it(
-    digits: Backbone, cpu: Device, make_network: MakeNetwork, stages_of: StagesOf
-) -> None:
-    store = StageStore(cpu)
-    common, rare = stages_of(make_network(seed=0)), stages_of(make_network(seed=1))
-    paths = [
-        store.path(digits, common),
-        store.path(digits, {**common, "layer3": rare["layer3"], "head": rare["head"]}),
-        store.path(digits, rare),
-    ]
-    for path in paths:
-        run(path)
-    chosen = worth_compiling(paths)
-    assert chosen[0] is paths[0][0]
-    assert {s.key.stage: s for s in chosen}.keys() == {"stem", "layer1", "layer2", "layer3"}  # no pool, no head
-    assert all(s is paths[0][place] for s, place in zip(chosen[:3], (0, 1, 2), strict=True))
-    assert chosen[3] is paths[1][3]  # the one that two models have
-    twin = store.path(replace(digits, name="twin"), rare)
-    run(twin)
-    assert [s.key.backbone for s in worth_compiling([*paths, twin])].count("twin") == 4
-    assert worth_compiling([]) == []
-
-
-def test_what_was_never_called_is_not_worth_it_yet(
-    digits: Backbone, cpu: Device, make_network: MakeNetwork, stages_of: StagesOf
-) -> None:
-    path = StageStore(cpu).path(digits, stages_of(make_network()))
-    assert worth_compiling([path]) == []
-    run(path[:2])
-    assert worth_compiling([path]) == [path[0], path[1]]
-
-
-Speed = Callable[[int], float]
-
-
-def no_gain(size: int) -> float:
-    return float(size)
-
-
-def great_gain(size: int) -> float:
-    return 1.0 + 0.001 * size
-
-
-def gain_up_to_8(size: int) -> float:
-    return 1.0 + 0.1 * size if size <= 8 else 1.8 / 8 * size
-
-
-def sizes_compiled(speed: Speed, largest: int, *, heavy: bool = False) -> list[int]:
-    seconds: dict[int, float] = {}
-    while (size := next_size(seconds, largest, heavy=heavy)) is not None:
-        seconds[size] = speed(size)
-    return list(seconds)
-
-
-@pytest.mark.parametrize(
-    ("speed", "largest", "heavy", "expected"),
-    [
-        (no_gain, 32, False, [1, 8]),
-        (no_gain, 1, False, [1]),
-        (no_gain, 5, False, [1, 5]),
-        (great_gain, 1, False, [1]),
-        (great_gain, 2, False, [1, 2]),
-        (great_gain, 3, False, [1, 3, 2]),
-        (great_gain, 8, False, [1, 8, 4, 2]),
-        (great_gain, 32, False, [1, 8, 4, 2, 16, 32]),
-        (great_gain, 100, False, [1, 8, 4, 2, 16, 32, 64]),
-        (great_gain, 32, True, [1, 8]),
-        (great_gain, 5, True, [1, 5]),
-        (gain_up_to_8, 32, False, [1, 8, 4, 2, 16]),
-    ],
-)
-def test_sizes_are_compiled_as_long_as_they_pay(speed: Speed, largest: int, heavy: bool, expected: list[int]) -> None:
-    assert sizes_compiled(speed, largest, heavy=heavy) == expected
-
-
-@settings(deadline=None)
-@given(largest=st.integers(1, 1024), heavy=st.booleans(), costs=st.lists(st.floats(1e-5, 10.0), min_size=12))
-def test_whatever_is_measured_sizes_come_once_and_to_an_end(largest: int, heavy: bool, costs: list[float]) -> None:
-    remaining = iter(costs)  # of a machine that is busy with other things
-    seconds: dict[int, float] = {}
-    while (size := next_size(seconds, largest, heavy=heavy)) is not None:
-        assert 1 <= size <= largest and size not in seconds
-        seconds[size] = next(remaining)
-    assert {1, min(8, largest)} <= seconds.keys()
-
-
-# Compiling for real
 
 
 @dataclass(frozen=True)
@@ -281,6 +188,35 @@ def test_what_is_compiled_on_disk_serves_at_once(tiny: Tiny, artefacts: Path) ->
     assert compiler.compiled() == 1 and compiler.pending() == 0
     assert path[0].compiled is not None
     assert sum(path[0].pieces(3)) == 3 and sum(path[0].compiled.pieces(3)) in (3, 4)
+
+
+@compiles
+@pytest.mark.slow
+def test_what_is_compiled_is_reused_in_the_size_that_is_wanted(tiny: Tiny, artefacts: Path, tmp_path: Path) -> None:
+    cpu = Device.choose("cpu", "fp32")
+
+    def reused(images: int, folder: Path = artefacts) -> Path_:
+        path = tiny.load("one")
+        reuse(path, ArtefactStore(folder, limit_bytes=2**30), cpu, images=images, concurrency=2)
+        return path
+
+    single, pair, nothing = reused(1), reused(2), reused(2, tmp_path)
+    assert [stage.compiled is not None for stage in single] == [True, False, False]
+    assert single[0].pieces(3) == (1, 1, 1)  # no other size is loaded
+    assert pair[0].compiled is not None and nothing[0].compiled is None
+    torch.testing.assert_close(run(pair), run(nothing), atol=1e-5, rtol=1e-5)
+
+
+@compiles
+@pytest.mark.slow
+def test_what_is_damaged_is_not_reused(tiny: Tiny, artefacts: Path, tmp_path: Path) -> None:
+    for file in artefacts.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:-1])
+    path = tiny.load("one")
+    store = ArtefactStore(tmp_path, limit_bytes=2**30)
+    reuse(path, store, Device.choose("cpu", "fp32"), images=2, concurrency=2)
+    assert path[0].compiled is None
+    torch.testing.assert_close(run(path), run(tiny.load("one")))
 
 
 @compiles

@@ -101,6 +101,27 @@ def test_what_is_cached_has_the_bits_of_what_is_computed_when_it_is_read(
     assert torch.equal(all_rows(kept, 23), all_rows(open_with_rows(open_features, paths), 23))
 
 
+def test_stages_are_loaded_once_and_only_where_rows_are_missing(
+    open_features: Open, frozen: Frozen, paths: list[Path]
+) -> None:
+    loads = []
+
+    def below() -> Frozen:
+        return replace(frozen, load=lambda: loads.append(1) or frozen.load())  # type: ignore[func-returns-value]
+
+    expected = open_features(paths[:20], below=below())
+    expected.prepare(nothing)
+    rows = all_rows(expected, 20)
+    assert loads == [1]
+    cached = open_features(paths[:20], below=below())
+    cached.prepare(nothing)
+    assert torch.equal(all_rows(cached, 20), rows)
+    assert loads == [1]
+    more = open_features(paths, below=below())
+    assert more.prepare(nothing).computed == 3 * VIEWS
+    assert loads == [1, 1]
+
+
 def open_with_rows(open_features: Open, paths: list[Path]) -> Features:
     """Features over the cache as an earlier pass has left it, nothing computed."""
     features = open_features(paths)

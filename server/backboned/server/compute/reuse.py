@@ -13,8 +13,6 @@ from backboned.server.compute.stages import LoadedStage
 
 log = logging.getLogger(__name__)
 
-_SIZES = tuple(2**n for n in range(11))
-
 
 def reuse(
     path: Sequence[LoadedStage], artefacts: ArtefactStore, device: Device, *, images: int, concurrency: int
@@ -28,7 +26,7 @@ def reuse(
 
     def load(stage: LoadedStage) -> None:
         assert stage.layout is not None  # worth_compiling saw to it
-        keys = {size: ArtefactKey.of(stage, size, platform) for size in _SIZES if size <= images}
+        keys = {size: ArtefactKey.of(stage, size, platform) for size in range(1, images + 1)}
         seconds = {size: told for size, key in keys.items() if (told := artefacts.seconds(key)) is not None}
         wanted = set(pieces(tuple(sorted(seconds.items())), images)) if seconds else set()
         batches = {}

@@ -21,10 +21,10 @@ from backboned.server.compute.stages import LoadedStage, run_path
 from backboned.server.training.datasets import Record, inspect
 from backboned.server.training.feature_cache import CacheSpace, FeatureCache, RowKey
 
-BATCH = {"cpu": 16, "cuda": 64}
+BATCH = {"cpu": 8, "cuda": 64}
 """Rows that are computed at once, always: short batches are filled up, so that a row has the same bits in each."""
 
-_RECIPE = 1
+_RECIPE = 2
 """To be raised when decoding, cropping or augmenting changes what a row is."""
 
 _SEGMENT_BYTES = 64 * 2**20

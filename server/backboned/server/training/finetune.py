@@ -275,8 +275,16 @@ class _Job:
         self, start: StartingPoint, options: TrainingOptions, train: Split, validation: Split
     ) -> HeadTrainer:
         head = start.stages[self._backbone.head.name].tensors
-        warm = bool(start.head_rows)
-        return HeadTrainer(self._backbone, head, self._objective, options, train, validation, warm=warm)
+        return HeadTrainer(
+            self._backbone,
+            head,
+            self._objective,
+            options,
+            train,
+            validation,
+            warm=bool(start.head_rows),
+            threads=self._spec.threads,
+        )
 
     def _beats(self, rights: Tensor) -> Callable[[Trained], bool]:
         """Whether an epoch beats a head with these right answers by more than noise, and all those that did before."""

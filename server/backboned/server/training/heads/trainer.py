@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -46,11 +47,16 @@ class HeadTrainer:
         validation: Split,
         *,
         warm: bool,
+        threads: int = 1,
     ) -> None:
-        """`start` are the tensors that the head begins from; `warm`: they are learned ones, and kept near."""
+        """`start` are the tensors that the head begins from; `warm`: they are learned ones, and kept near.
+
+        With two `threads`, candidates that are fitted are so beside those that are trained.
+        """
         self._stage = backbone.head
         self._objective = objective
         self._options = options
+        self._threads = threads
         self._train, self._validation = train, validation
         for split in (train, validation):
             split.load()
@@ -131,9 +137,7 @@ class HeadTrainer:
 
     def _epoch(self, check: Check) -> Trained:
         start = time.monotonic()
-        losses, rights, rate = self._pass(check)
-        if self._probes:
-            self._probes.run(check)
+        losses, rights, rate = self._train_all(check)
         seconds = time.monotonic() - start
         validation = self._logits(self._validation, check)
         chosen, loss = self._choose(validation, check)
@@ -159,6 +163,19 @@ class HeadTrainer:
         return Trained(
             done, {self._stage.name: self._head(chosen)}, {"candidate": self._grid.name(chosen)}, right.cpu()
         )
+
+    def _train_all(self, check: Check) -> tuple[Tensor, Tensor, float]:
+        """An epoch of all candidates; what `_pass` tells of those that AdamW trains."""
+        if self._probes is None:
+            return self._pass(check)
+        if self._threads == 1:
+            self._probes.run(check)
+            return self._pass(check)
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as aside:
+            fitted = aside.submit(self._probes.run, check)
+            told = self._pass(check)
+            fitted.result()
+        return told
 
     def _pass(self, check: Check) -> tuple[Tensor, Tensor, float]:
         """One pass of AdamW: the mean loss and accuracy of each of its candidates as it went, and the last factor."""

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,20 @@ class Killer:
         return sum(1 for _ in self._checkpoints.glob("*/*/epoch-*.pt"))
 
 
+def children_of(pid: int, module: bytes) -> list[int]:
+    """The processes below another one that run a module."""
+    found = list[int]()
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it ends meanwhile
+            below = children.read_text().split()
+            found += [int(child) for child in below if module in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return found
+
+
 def trainer_of(daemon: int) -> int | None:
-    """The trainer process below a daemon's process."""
-    for children in Path(f"/proc/{daemon}/task").glob("*/children"):
-        for child in children.read_text().split():
-            try:
-                if b"training.trainer" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
-            except FileNotFoundError:
-                continue
-    return None
+    """The trainer process below a daemon's process, or below its fork server."""
+    forks = (f for server in children_of(daemon, b"training.fork_server") for f in children_of(server, b"training"))
+    return next((pid for pid in (*children_of(daemon, b"training.trainer"), *forks)), None)
 
 
 def lives(pid: int) -> bool:
@@ -124,7 +129,7 @@ def test_jobs_end_as_if_nobody_had_been_killed(
     tmp_path: Path,
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
-    killer = Killer(lambda: start_daemon(*training_flags), checkpoints)
+    killer = Killer(lambda: start_daemon(*training_flags, "--trainer-standby=auto"), checkpoints)
     rounds, jobs = 0, dict[str, str]()
     deadline = time.monotonic() + PATIENCE_SECONDS
     while killer.killed.total() < KILLS:

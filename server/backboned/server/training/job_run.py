@@ -57,7 +57,6 @@ class JobRun:
         self._asked: Ask | None = None
         self._stop = asyncio.Event()
         self._told: set[Hashable] = set()
-        self._next: asyncio.Task[None] | None = None
         self._furthest: tuple[int, int] = (0, 0)
         self._counted = FeatureProgress(0, 0, 0.0)
 
@@ -137,8 +136,6 @@ class JobRun:
 
     def _measure(self, payload: JobEventPayload, *, new: bool) -> None:
         if isinstance(payload, EpochDone) and new:
-            if self._next is None:  # heads leave a core free: the next job's trainer can import torch meanwhile
-                self._next = asyncio.create_task(self._standby.prepare())
             self._furthest = max(self._furthest, (payload.epoch, 0))
             self._telemetry.training_epoch(
                 self.job.model,

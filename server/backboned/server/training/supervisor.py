@@ -98,7 +98,7 @@ class JobSupervisor:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._worker
-        await self._standby.close()
+        self._standby.close()
         await self._journal.close()
 
     async def submit(
@@ -198,7 +198,7 @@ class JobSupervisor:
             self._run = None
             run.ended.set()
         if not self._stopping:
-            await self._standby.prepare()
+            self._standby.rest()
 
     async def _await_before_success(self, job: Job) -> None:
         try:

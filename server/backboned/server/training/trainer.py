@@ -41,8 +41,7 @@ def main() -> int:
     events = _take_standard_output()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    _yield_to_serving()
-    Catalogue.installed(sys.argv[1:])  # plugins import what takes long: then a job can begin at once
+    prepare()
     line = sys.stdin.readline()
     if not line:
         return 0  # the daemon has ended, and there was no job
@@ -81,10 +80,16 @@ def _take_standard_output() -> BinaryIO:
     return events
 
 
+def prepare() -> None:
+    """Yield to serving, and import what takes long."""
+    _yield_to_serving()
+    Catalogue.installed(sys.argv[1:])
+
+
 def _yield_to_serving() -> None:
     """Take what is left of the CPU, and be the first to go when memory runs out. Where it isn't allowed, never mind."""
-    os.nice(_NICENESS)
     try:
+        os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
     except (OSError, AttributeError):
@@ -113,4 +118,6 @@ def _stop_without_daemon(stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # at once: to take torch and gigabytes apart piece by piece takes a second, and is for nothing

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from backboned.server.training.events import JobEventPayload, from_json
+from backboned.server.training.fork_client import ForkedProcess
 from backboned.server.training.spec import TrainerSpec
 
-_MAX_EVENT_BYTES = 16 * 2**20
+MAX_EVENT_BYTES = 16 * 2**20
 _KEPT_LINES = 20
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # Without these, large batches are up to three times slower: glibc gives memory back and faults it in again.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -20,6 +21,7 @@ _ENVIRONMENT = {
     # Threads that wait leave their core to serving.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+"""Of trainers, unless the daemon's own says otherwise."""
 
 
 class TrainerProcess:
@@ -28,7 +30,7 @@ class TrainerProcess:
     The process ends by itself when this one does: it reads the pipe that is its standard input to the end.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | ForkedProcess) -> None:
         self._process = process
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._stderr = asyncio.create_task(self._read_stderr())
@@ -45,8 +47,8 @@ class TrainerProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            limit=_MAX_EVENT_BYTES,
-            env={**_ENVIRONMENT, **os.environ},
+            limit=MAX_EVENT_BYTES,
+            env={**ENVIRONMENT, **os.environ},
             start_new_session=True,
         )
         return cls(process)

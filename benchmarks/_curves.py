@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from benchmarks._bench import Found
 
 _COLOURS = {"tutorial": "#8a6fb0", "good": "#d98032"}
-_OURS = ("#3b6ea5", "#5b9a68", "#2f9e9e", "#1d4e79")
+_OURS = ("#3b6ea5", "#2f9e9e", "#5b9a68", "#1d4e79")
 
 
 def plot(found: Found, environment: Mapping[str, Any], path: Path) -> None:

@@ -7,10 +7,11 @@
 `speed` compares three ways to train on the same photos for as many epochs: the loop of a tutorial, a good hand-written
 loop (`_rivals.py`), and a FineTune, from the call over gRPC to the first prediction of the new version. A loop's time
 begins once torch is imported and the network is built; a FineTune's has it all. Each round has photos that are new to
-all. Unless `--full` is given, a loop is stopped after `--loop-seconds`, and its time for all epochs is worked out from
-its images a second, which the table says; with `--weights`, each loop is run whole in the first round, for its
-accuracy. `accuracy` trains on all photos of `--photos`, a folder with `train/` and `val/`. `interference` alternates
-callers alone and callers beside a FineTune. See docs/performance.md.
+all; a FineTune looks at two views of each, which is its default, and once more at one. Unless `--full` is given, a loop
+is stopped after `--loop-seconds`, and its time for all epochs is worked out from its images a second, which the table
+says; with `--weights`, each loop is run whole in the first round, for its accuracy. `accuracy` trains on all photos of
+`--photos`, a folder with `train/` and `val/`. `interference` alternates callers alone and callers beside a FineTune.
+See docs/performance.md.
 """
 
 import argparse

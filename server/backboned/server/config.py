@@ -109,7 +109,7 @@ class Config(BaseSettings):
     training_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a trainer; 0 chooses.")
     trainer_standby: Literal["auto", "off"] = Field(
         default="auto",
-        description="Whether a process that trainers are forked from stays for ten minutes, in some 400 MB: auto or off.",
+        description="Whether a process to fork trainers from stays for ten minutes, in some 400 MB: auto or off.",
     )
     cache_size: ByteSize = Field(
         default=ByteSize(16 * 2**30), ge=0, description="Bytes of features that are kept for further jobs, as in 16GiB."

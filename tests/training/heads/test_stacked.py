@@ -38,7 +38,8 @@ def tensors_of(backbone: Backbone, seed: int) -> dict[str, Tensor]:
 
 
 def stacked_of(backbone: Backbone) -> StackedHeads:
-    return StackedHeads(backbone.head, Templates().fill(backbone, backbone.head, tensors_of(backbone, 99)))
+    module = Templates().fill(backbone, backbone.head, tensors_of(backbone, 99))
+    return StackedHeads(backbone.head, module, features_of(backbone))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -47,8 +48,9 @@ def test_heads_at_once_give_what_they_give_one_by_one(name: str, training: bool)
     backbone = backbone_of(name)
     features, each = features_of(backbone), [tensors_of(backbone, seed) for seed in range(HEADS)]
     stacked = {k: torch.stack([tensors[k] for tensors in each]) for k in each[0]}
+    heads = stacked_of(backbone)
     torch.manual_seed(7)
-    together = stacked_of(backbone).logits(stacked, features, training=training)
+    together = heads.logits(stacked, features, training=training)
     for tensors, logits in zip(each, together, strict=True):
         module = Templates().fill(backbone, backbone.head, tensors).train(training)
         torch.manual_seed(7)  # dropout: all heads drop the same
@@ -58,8 +60,8 @@ def test_heads_at_once_give_what_they_give_one_by_one(name: str, training: bool)
 @pytest.mark.parametrize("name", READS_FIRST_AND_LINEAR)
 def test_it_is_seen_whether_features_may_be_scaled_and_whether_the_head_is_linear(name: str) -> None:
     backbone = backbone_of(name)
-    heads, features = stacked_of(backbone), features_of(backbone)
-    assert (heads.reads_first(features), heads.is_linear(features)) == READS_FIRST_AND_LINEAR[name]
+    heads = stacked_of(backbone)
+    assert (heads.reads_first, heads.is_linear) == READS_FIRST_AND_LINEAR[name]
 
 
 class ReluFirst(nn.Module):
@@ -72,9 +74,21 @@ class ReluFirst(nn.Module):
 @pytest.mark.parametrize(("kernel", "shape"), [(None, (4, 5)), (3, (4, 5, 6, 6))], ids=["a ReLU", "a padded kernel"])
 def test_features_are_left_alone_below(kernel: int | None, shape: tuple[int, ...]) -> None:
     head = Head.at("fc", "relu", "fc")
-    heads = StackedHeads(head, ReluFirst(5, kernel))
-    assert not heads.reads_first(torch.randn(shape))
-    assert not heads.is_linear(torch.randn(shape))
+    heads = StackedHeads(head, ReluFirst(5, kernel), torch.randn(shape))
+    assert not heads.reads_first
+    assert not heads.is_linear
+
+
+def test_a_layer_behind_which_features_are_dropped_is_not_all_there_is() -> None:
+    class DropsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, OUTPUTS)
+            self.drop = nn.Dropout(0.5)
+
+    heads = StackedHeads(Head.at("fc", "fc", "drop"), DropsLast(), torch.randn(8, 5))
+    assert heads.reads_first
+    assert not heads.is_linear
 
 
 def test_gradients_reach_every_head() -> None:

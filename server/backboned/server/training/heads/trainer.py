@@ -62,10 +62,10 @@ class HeadTrainer:
             split.load()
         device = objective.weights.device
         tensors = {k: t.to(device) for k, t in start.items()}
-        heads = StackedHeads(self._stage, Templates().fill(backbone, self._stage, tensors).to(device))
         sample = train.served(torch.tensor([0]))
+        heads = StackedHeads(self._stage, Templates().fill(backbone, self._stage, tensors).to(device), sample)
         self._standard = Standard.none(sample.shape[1], device)
-        if heads.reads_first(sample):
+        if heads.reads_first:
             self._standard = Standard.over(self._all_rows())
             if warm:
                 tensors = self._standard.unfold(tensors, heads.layer)
@@ -76,7 +76,7 @@ class HeadTrainer:
         rows = train.resident
         probe = (
             rows is not None
-            and heads.is_linear(sample)
+            and heads.is_linear
             and fits(len(rows), sample.shape[1], len(tensors[f"{heads.layer}.bias"]), 5 * sets)
         )
         self._grid = Grid.of(options, probe=probe, most=max(1, _MOST_PARAMETERS // size))

@@ -141,9 +141,10 @@ def test_jobs_end_as_if_nobody_had_been_killed(
         def over(new: Mapping[str, str] = new) -> bool:
             assert time.monotonic() < deadline, f"{killer.killed} of {KILLS}"
             with Client(killer.daemon.grpc) as client:
-                states = {client.get_job(job_id).state for job_id in new.values()}
-            assert states <= {pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING, pb.JOB_STATE_SUCCEEDED}
-            return states == {pb.JOB_STATE_SUCCEEDED}
+                now = {name: client.get_job(job_id) for name, job_id in new.items()}
+            ended_badly = (pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED)
+            assert not {name: job.error for name, job in now.items() if job.state in ended_badly}
+            return all(job.state == pb.JOB_STATE_SUCCEEDED for job in now.values())
 
         while killer.killed.total() < KILLS and not over():
             killer.kill(over)

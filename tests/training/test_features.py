@@ -1,6 +1,6 @@
 """Features of images: found, computed and kept, and always the same bits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from backboned.registry.weights import StageWeights, WeightStore, seeded_state
 from backboned.server.compute.decode import decode
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import normalise, prepare
-from backboned.server.compute.stages import StageStore
+from backboned.server.compute.stages import LoadedStage, StageStore
 from backboned.server.training.datasets import Record, inspect
 from backboned.server.training.feature_cache import FeatureCache
-from backboned.server.training.features import Features, Frozen, Images, Prepared
+from backboned.server.training.features import Features, Images, Prepared
+from backboned.server.training.frozen_stages import Frozen
 
 Open = Callable[..., Features]
 VIEWS = 2
@@ -106,8 +107,12 @@ def test_stages_are_loaded_once_and_only_where_rows_are_missing(
 ) -> None:
     loads = []
 
+    def load() -> Sequence[LoadedStage]:
+        loads.append(1)
+        return frozen.load()
+
     def below() -> Frozen:
-        return replace(frozen, load=lambda: loads.append(1) or frozen.load())  # type: ignore[func-returns-value]
+        return replace(frozen, load=load)
 
     expected = open_features(paths[:20], below=below())
     expected.prepare(nothing)

@@ -10,7 +10,8 @@ from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.training.datasets import Dataset, Findings, Inspector, Sample
 from backboned.server.training.events import FeatureProgress, SkippedFile
 from backboned.server.training.feature_cache import FeatureCache
-from backboned.server.training.features import Features, Frozen, Images, Prepared
+from backboned.server.training.features import Features, Images, Prepared
+from backboned.server.training.frozen_stages import Frozen
 from backboned.server.training.splits import Split
 
 _SECONDS_BETWEEN_REPORTS = 1.0

@@ -3,98 +3,27 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from backboned.registry.backbone import Backbone, Preprocessing
+from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.compute.decode import decode
-from backboned.server.compute.device import Device
-from backboned.server.compute.preprocess import augment, normalise, read
-from backboned.server.compute.stages import LoadedStage, run_path
+from backboned.server.compute.preprocess import augment, read
 from backboned.server.training.datasets import Record, inspect
 from backboned.server.training.feature_cache import CacheSpace, FeatureCache, RowKey
-
-BATCH = {"cpu": 8, "cuda": 64}
-"""Rows that are computed at once, always: short batches are filled up, so that a row has the same bits in each."""
-
-_RECIPE = 2
-"""To be raised when decoding, cropping or augmenting changes what a row is."""
+from backboned.server.training.frozen_stages import RECIPE, Frozen
 
 _SEGMENT_BYTES = 64 * 2**20
 _SEGMENT_SECONDS = 2.0
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The stages below the boundary, by the digests of their weights; none if everything trains.
-
-    `load` gives the stages themselves: it is called once, when rows are first computed, which may never be. May be used
-    from any thread once `path` has been read.
-    """
-
-    backbone: Backbone
-    digests: Mapping[str, str]
-    load: Callable[[], Sequence[LoadedStage]]
-    preprocessing: Preprocessing
-    device: Device
-
-    @cached_property
-    def path(self) -> Sequence[LoadedStage]:
-        """The stages, first to last."""
-        return self.load()
-
-    @property
-    def batch(self) -> int:
-        """How many rows are computed at once."""
-        return BATCH[self.device.device.type]
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """What a row takes in the cache."""
-        pixels = blank(self.preprocessing)
-        return self._run(pixels, 1).nbytes if self.digests else pixels.nbytes
-
-    def rows(self, pixels: Tensor) -> Tensor:
-        """`[n, 3, crop, crop]` uint8 → what is cached, `[n, …]` on the CPU: activations, or the pixels themselves."""
-        if not self.digests:
-            return pixels
-        return torch.cat([self._run(part, self.batch) for part in pixels.split(self.batch)])
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        """Rows → `[n, …]` float32 on the device, ready for autograd."""
-        if not self.digests:
-            return normalise(rows.to(self.device.device), self.preprocessing)
-        return rows.to(self.device.device).float().clone()  # a clone is no inference tensor
-
-    def describe(self) -> dict[str, object]:
-        """All that a row depends on besides its image, as JSON values."""
-        stages = [list(item) for item in self.digests.items()]
-        return {
-            "recipe": _RECIPE,
-            "preprocessing": self.preprocessing.to_dict(),
-            "backbone": self.backbone.name if stages else "",
-            "stages": stages,
-            "precision": self.device.precision if stages else "",
-            "device": self.device.device.type if stages else "",
-        }
-
-    @torch.inference_mode()
-    def _run(self, pixels: Tensor, batch: int) -> Tensor:
-        count = len(pixels)
-        full = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
-        x = normalise(full.to(self.device.device), self.preprocessing)
-        x = x.to(self.device.dtype, memory_format=torch.channels_last)  # a quarter faster on the CPU
-        return run_path(self.path, x)[:count].contiguous().cpu()
 
 
 @dataclass(frozen=True)
@@ -153,7 +82,7 @@ class Features:
         self._workers = workers
         self._cache = cache
         self._space = cache.space(frozen.describe())
-        self._record_space = cache.space({"records": _RECIPE, "preprocessing": frozen.preprocessing.to_dict()})
+        self._record_space = cache.space({"records": RECIPE, "preprocessing": frozen.preprocessing.to_dict()})
         self._digests: list[bytes | None] = [None] * images.count
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
         self._recorded: set[int] = set()
@@ -351,11 +280,6 @@ def _in_order(
     finally:
         for future in waiting:
             future.cancel()
-
-
-def blank(preprocessing: Preprocessing) -> Tensor:
-    """A black image, prepared: `[1, 3, crop, crop]` uint8."""
-    return torch.zeros(1, *preprocessing.input_shape, dtype=torch.uint8)
 
 
 def _reason(error: Exception) -> str:

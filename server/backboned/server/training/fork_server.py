@@ -28,23 +28,19 @@ def main() -> int:
     channel = socket.socket(fileno=int(sys.argv.pop(1)))
     # Python warns of any thread, those of the BLAS included, which are made for it: they come again after a fork.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    import torch
+
+    torch.set_num_threads(1)  # a team of OpenMP's threads, if a plugin started one, would not survive a fork
     from backboned.server.training import trainer
 
     trainer.prepare()
-    ready = _can_fork()
+    ready = threading.active_count() == 1 and not torch.cuda.is_initialized()  # nothing that a fork would lack
     channel.send(json.dumps({"ready": ready}).encode())
     if ready:
         gc.collect()
         gc.freeze()  # so that no trainer's collector writes to what all share, which would copy it
         _serve(channel, trainer.main)
     return 0
-
-
-def _can_fork() -> bool:
-    """Whether a fork of this process is whole: it would have no other thread of Python's, and no CUDA context."""
-    import torch
-
-    return threading.active_count() == 1 and not torch.cuda.is_initialized()
 
 
 def _serve(channel: socket.socket, trainer: Callable[[], int]) -> None:

@@ -12,6 +12,7 @@ from benchmarks._speed import rival
 
 WANTED = {"mobilenet_v2": {"head": 90.5, "stages": 92.5}, "squeezenet1_1": {"head": 86.0}}
 """Accuracies on the flower photos, in per cent; `stages` is the better of the last stages and `auto`."""
+WAYS = ("head", "stages", "auto", "tutorial")
 LONGEST_SECONDS = 600
 
 
@@ -22,10 +23,11 @@ def accuracy(course: Course, backbone: str) -> None:
     if bench.settings.quick:
         counts = {"train": plan.train_images, "val": plan.validation_images}
         dataset = course.album.take(bench.work / f"{backbone}-few", counts, seed=0)
-    asked: dict[str, dict[str, Any]] = {"head": {}}
-    if stages := plan.stages.get(backbone):
+    asked: dict[str, dict[str, Any]] = {"head": {}} if "head" in plan.ways else {}
+    if "stages" in plan.ways and (stages := plan.stages.get(backbone)):
         asked[f"head and {', '.join(stages)}"] = {"trainable_stages": stages}
-    asked["auto"] = {"trainable_stages": ["auto"]}
+    if "auto" in plan.ways:
+        asked["auto"] = {"trainable_stages": ["auto"]}
     found: dict[str, dict[str, Any]] = {}
     with course.new_daemon(f"{backbone}-accuracy", backbone, dataset) as (daemon, client):
         for name, options in asked.items():
@@ -41,7 +43,8 @@ def accuracy(course: Course, backbone: str) -> None:
             print(f"  {backbone}, {name}: {100 * found[name]['judged']:.1f} % in {told.seconds:.0f} s", flush=True)
             course.compiled(daemon, backbone)
             daemon.check()
-    found["tutorial"] = rival(course, "tutorial", backbone, dataset, epochs=plan.epochs, seconds=0)
+    if "tutorial" in plan.ways:
+        found["tutorial"] = rival(course, "tutorial", backbone, dataset, epochs=plan.epochs, seconds=0)
     bench.found.measurements[f"accuracy {backbone}"] = found
     _tell(course, backbone, found)
 

@@ -33,6 +33,7 @@ class Plan:
     fresh_images: int
     views: int
     compiles: bool
+    ways: frozenset[str]
 
 
 @dataclass(frozen=True)

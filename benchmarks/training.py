@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._accuracy import WANTED, accuracy
+from benchmarks._accuracy import WANTED, WAYS, accuracy
 from benchmarks._albums import Album
 from benchmarks._bench import Bench, Settings
 from benchmarks._curves import plot
@@ -96,6 +96,7 @@ def _settings() -> tuple[Settings, Plan]:
     parser.add_argument(
         "--stages", action="append", default=[], metavar="BACKBONE=STAGE,…", help="what trains too, of `accuracy`"
     )
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"of `accuracy`, some of {','.join(WAYS)}")
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -112,6 +113,9 @@ def _settings() -> tuple[Settings, Plan]:
     only = frozenset(given.only.split(","))
     if unknown := only - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(PARTS)}")
+    ways = frozenset(given.ways.split(","))
+    if unknown := ways - set(WAYS):
+        parser.error(f"unknown ways {sorted(unknown)}: choose from {', '.join(WAYS)}")
     quick: bool = given.quick
     settings = Settings(
         backbones=tuple(given.backbones.split(",")),
@@ -139,6 +143,7 @@ def _settings() -> tuple[Settings, Plan]:
         fresh_images=given.fresh_images,
         compiles=given.compile,
         views=64 if quick else given.views,
+        ways=ways,
     )
     return settings, plan
 

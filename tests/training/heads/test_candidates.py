@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from backboned.server.training.heads.candidates import DECAYS, FEW_IMAGES, FOLDS, PENALTIES, RATES, Grid, folds, spread
+from backboned.server.training.heads.candidates import (
+    DECAYS,
+    FEW_IMAGES,
+    FOLDS,
+    PENALTIES,
+    RATES,
+    RATES_OF_DEEPER_HEADS,
+    Grid,
+    folds,
+    spread,
+)
 from backboned.server.training.options import TrainingOptions
 
 
@@ -18,13 +28,13 @@ def test_given_options_are_kept_to() -> None:
     rate = Grid.of(TrainingOptions(learning_rate=0.02), probe=True, most=100)
     assert rate.rates == tuple((0.02, decay) for decay in DECAYS)
     decay = Grid.of(TrainingOptions(weight_decay=0.0), probe=False, most=100)
-    assert decay.rates == tuple((rate, 0.0) for rate in RATES)
+    assert decay.rates == tuple((rate, 0.0) for rate in RATES_OF_DEEPER_HEADS)
     assert decay.penalties == ()
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 9])
 def test_so_many_are_tried_at_most_those_of_the_middle_rate_first(most: int) -> None:
-    rates = Grid.of(TrainingOptions(), probe=False, most=most).rates
+    rates = Grid.of(TrainingOptions(), probe=True, most=most).rates
     assert len(rates) == most
     assert len(set(rates)) == most
     assert {rate for rate, _ in rates[:3]} <= {RATES[len(RATES) // 2]} or most == 9

@@ -9,6 +9,9 @@ from torch import Tensor
 from backboned.server.training.options import TrainingOptions
 
 RATES = (3e-4, 1e-3, 3e-3)
+RATES_OF_DEEPER_HEADS = (1e-3, 3e-3, 1e-2, 3e-2)
+"""Where no probe fits, as on maps, over which a head takes the mean: their gradients are smaller."""
+
 DECAYS = (1e-4, 0.1, 1.0)
 PENALTIES = (3e-3, 1e-2, 3e-2, 0.1, 0.3)
 """Of the squared weights, halved, where a probe is fitted by L-BFGS."""
@@ -30,7 +33,9 @@ class Grid:
     @classmethod
     def of(cls, options: TrainingOptions, *, probe: bool, most: int) -> "Grid":
         """What `options` leave open is tried, `most` candidates of AdamW at most; an L-BFGS `probe` where it fits."""
-        rates = RATES if options.learning_rate is None else (options.learning_rate,)
+        rates = RATES if probe else RATES_OF_DEEPER_HEADS
+        if options.learning_rate is not None:
+            rates = (options.learning_rate,)
         decays = DECAYS if options.weight_decay is None else (options.weight_decay,)
         pairs = [(rate, decay) for decay in decays for rate in rates]
         middle = sorted(pairs, key=lambda pair: abs(rates.index(pair[0]) - len(rates) // 2))

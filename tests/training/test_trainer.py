@@ -41,6 +41,7 @@ def trainer(spec: TrainerSpec, **environment: str) -> Iterator[subprocess.Popen[
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
+        start_new_session=True,
     ) as process:
         assert process.stdin is not None
         process.stdin.write(spec.to_json() + "\n")
@@ -91,6 +92,8 @@ def test_it_yields_to_others_and_ends_when_the_daemon_does(colours: Path, make_s
         assert any(isinstance(e, EpochDone) for e in told)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) >= 10
         assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
+        group = Path(f"/proc/{process.pid}/autogroup")  # where there is one, niceness counts only within it
+        assert not group.exists() or int(group.read_text().split()[-1]) >= 10
         assert process.stdin is not None
         process.stdin.close()
         *_, last = told

@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,9 @@ LOCK_NAME = "lock"
 
 _SECONDS_AFTER_THE_DAEMON = 5.0
 _SECONDS_BETWEEN_TRIES = 0.05
-_NICENESS = 10
+_NICENESS = 15
+"""Where all cores are wanted, a trainer gets about a thirtieth of what serving does."""
+
 _OOM_SCORE = "500"
 
 
@@ -87,11 +90,16 @@ def prepare() -> None:
 
 
 def _yield_to_serving() -> None:
-    """Take what is left of the CPU, and be the first to go when memory runs out. Where it isn't allowed, never mind."""
+    """Take what is left of the CPU, and be the first to go when memory runs out. Where it isn't allowed, never mind.
+
+    Linux may share the CPU out between sessions first, and by niceness only within each: a trainer has one of its own.
+    """
+    for file, value in (("autogroup", str(_NICENESS)), ("oom_score_adj", _OOM_SCORE)):
+        with suppress(OSError):
+            Path("/proc/self", file).write_text(value, encoding="ascii")
     try:
         os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
     except (OSError, AttributeError):
         pass
 

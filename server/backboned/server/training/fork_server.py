@@ -22,18 +22,22 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
+from backboned.server.training.priority import yield_to_serving
+
 
 def main() -> int:
     """Fork trainers until the daemon closes the socket."""
     channel = socket.socket(fileno=int(sys.argv.pop(1)))
     # Python warns of any thread, those of the BLAS included, which are made for it: they come again after a fork.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    yield_to_serving()  # before the imports, which take seconds
     import torch
 
     torch.set_num_threads(1)  # a team of OpenMP's threads, if a plugin started one, would not survive a fork
+    from backboned.registry.catalogue import Catalogue
     from backboned.server.training import trainer
 
-    trainer.prepare()
+    Catalogue.installed(sys.argv[1:])
     ready = threading.active_count() == 1 and not torch.cuda.is_initialized()  # nothing that a fork would lack
     channel.send(json.dumps({"ready": ready}).encode())
     if ready:

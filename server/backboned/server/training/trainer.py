@@ -13,7 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +20,7 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.errors import BackbonedError
 from backboned.server.training.events import JobEventPayload, JobState, StateChanged, to_json
 from backboned.server.training.finetune import finetune
+from backboned.server.training.priority import yield_to_serving
 from backboned.server.training.reason import reason
 from backboned.server.training.spec import TrainerSpec
 
@@ -28,10 +28,6 @@ LOCK_NAME = "lock"
 
 _SECONDS_AFTER_THE_DAEMON = 5.0
 _SECONDS_BETWEEN_TRIES = 0.05
-_NICENESS = 15
-"""Where all cores are wanted, a trainer gets about a thirtieth of what serving does."""
-
-_OOM_SCORE = "500"
 
 
 class _Stopped(Exception):
@@ -44,7 +40,8 @@ def main() -> int:
     events = _take_standard_output()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    prepare()
+    yield_to_serving()
+    Catalogue.installed(sys.argv[1:])  # plugins import what takes long: then a job can begin at once
     line = sys.stdin.readline()
     if not line:
         return 0  # the daemon has ended, and there was no job
@@ -81,27 +78,6 @@ def _take_standard_output() -> BinaryIO:
     events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return events
-
-
-def prepare() -> None:
-    """Yield to serving, and import what takes long."""
-    _yield_to_serving()
-    Catalogue.installed(sys.argv[1:])
-
-
-def _yield_to_serving() -> None:
-    """Take what is left of the CPU, and be the first to go when memory runs out. Where it isn't allowed, never mind.
-
-    Linux may share the CPU out between sessions first, and by niceness only within each: a trainer has one of its own.
-    """
-    for file, value in (("autogroup", str(_NICENESS)), ("oom_score_adj", _OOM_SCORE)):
-        with suppress(OSError):
-            Path("/proc/self", file).write_text(value, encoding="ascii")
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    except (OSError, AttributeError):
-        pass
 
 
 def _take(lock: BinaryIO, stop: threading.Event, check: Callable[[], None]) -> None:

@@ -13,7 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 from backboned.registry.catalogue import Catalogue

@@ -9,6 +9,7 @@ import grpc
 from backboned._client_status import ClientError
 from backboned.v1 import model_service_pb2 as pb
 
+_POLICY_PREFIX = "VERSION_POLICY_"
 _VERSION = re.compile(r"[0-9]{1,18}")  # fits in 64 bits; no alias is a number
 
 
@@ -36,6 +37,16 @@ def to_several(models: str | Iterable[str], **asked: Unpack[Asked]) -> pb.Predic
     if not targets:
         raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, "name at least one model", "models")
     return pb.PredictRequest(models=targets, **asked)
+
+
+def to_policy(model: str, policy: str, version: int | None) -> pb.SetVersionPolicyRequest:
+    """A request for a policy, by its short name or that of the enum. Raises `ClientError` for another."""
+    full = policy.upper() if policy.upper().startswith(_POLICY_PREFIX) else _POLICY_PREFIX + policy.upper()
+    names = list(pb.VersionPolicy.keys())
+    if full not in names:
+        known = ", ".join(n.removeprefix(_POLICY_PREFIX).lower() for n in names[1:])
+        raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, f"no policy {policy!r}; choose from {known}", "policy")
+    return pb.SetVersionPolicyRequest(model=model, policy=pb.VersionPolicy.Value(full), version=version)
 
 
 def target(name: str) -> pb.ModelTarget:

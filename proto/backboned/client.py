@@ -15,7 +15,7 @@ Methods take plain values and return the messages of `backboned.v1`, which are t
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypedDict, TypeVar, Unpack
 
@@ -23,7 +23,7 @@ import grpc
 
 from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
-from backboned._client_questions import to_one, to_report, to_several
+from backboned._client_questions import to_one, to_policy, to_report, to_several
 from backboned._client_status import ClientError
 from backboned._client_uploads import upload
 from backboned.v1 import model_service_pb2 as pb
@@ -63,7 +63,8 @@ class Client:
 
     `timeout_seconds` bounds each call, its retries included; streams have no deadline. `max_message_bytes` bounds a
     message in either direction and should not be above the daemon's own limit. Calls that are safe to repeat are
-    retried, a few times within about a second, while the daemon is unavailable or full.
+    retried, a few times within about a second, while the daemon is unavailable or full. `actor` is who
+    changes models by it, for the history.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Client:
         *,
         timeout_seconds: float = 60.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        actor: str = "",
     ) -> None:
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._max_message_bytes = max_message_bytes
         self._channel = grpc.insecure_channel(address, options=channel_options(max_message_bytes))
         self._stub = ModelServiceStub(self._channel)
+        self._metadata = [("backboned-actor", actor)] if actor else []
 
     def __enter__(self) -> Self:
         return self
@@ -100,16 +103,19 @@ class Client:
         labels: Sequence[str] = (),
         return_embedding: bool = False,
         embedding_stage: str = "",
+        sticky_key: str = "",
     ) -> pb.PredictResponse:
         """Classify up to 256 images, given as a file's bytes or as paths, in one call.
 
         `version` or `alias` choose who answers (neither: what serves by default); `top_k` 0 returns every class;
         `labels` are the true classes, if known, and feed the daemon's serving loss. `return_embedding` adds the
-        features that the head reads; `embedding_stage` adds that stage's output instead, averaged over positions.
+        features that the head reads; `embedding_stage` adds that stage's output instead, averaged over positions. Where
+        traffic is divided between versions, calls with one `sticky_key` are answered by one of them.
         """
         request = to_one(
             model, version, alias, top_k=top_k, return_embedding=return_embedding, embedding_stage=embedding_stage
         )
+        request.sticky_key = sticky_key
         return self._predict(request, images, labels)
 
     def predict_models(
@@ -306,6 +312,33 @@ class Client:
         request = pb.DeleteAliasRequest(model=model, alias=alias, expected_version=expected_version)
         return self._call(self._stub.DeleteAlias, request)
 
+    def set_version_policy(self, model: str, policy: str, *, version: int | None = None) -> pb.Model:
+        """Choose how the version that serves is found: "latest", "best", "pinned" or "manual".
+
+        The last two take a `version`; without one they begin with the one that serves now.
+        """
+        request = to_policy(model, policy, version)
+        return self._call(self._stub.SetVersionPolicy, request)
+
+    def roll_back(self, model: str, *, expected_version: int | None = None, reason: str = "") -> pb.Model:
+        """Go back to the version that served before; with `expected_version`, only if that one serves now."""
+        request = pb.RollBackRequest(model=model, expected_version=expected_version, reason=reason)
+        return self._call(self._stub.RollBack, request)
+
+    def set_traffic(self, model: str, weights: Mapping[str, int]) -> pb.Model:
+        """Divide calls that name neither version nor alias between aliases, by weight; `{}`: not any more."""
+        return self._call(self._stub.SetTraffic, pb.SetTrafficRequest(model=model, weights=weights))
+
+    def delete_model_version(self, model: str, version: int) -> None:
+        """Delete a version and its files, unless it is in use."""
+        self._call(self._stub.DeleteModelVersion, pb.DeleteModelVersionRequest(model=model, version=version))
+
+    def list_history(self, *, model: str = "", page_size: int = 0) -> Iterator[pb.Change]:
+        """What served when, and who changed it, newest first; pages are fetched as they are needed."""
+        request = pb.ListHistoryRequest(model=model, page_size=page_size)
+        for page in self._pages(self._stub.ListHistory, request):
+            yield from page.changes
+
     def _predict(
         self, request: pb.PredictRequest, images: Image | Iterable[Image], labels: Sequence[str]
     ) -> pb.PredictResponse:
@@ -315,7 +348,7 @@ class Client:
 
     def _call(self, method: Callable[..., _Reply], request: object) -> _Reply:
         try:
-            return method(request, timeout=self._timeout_seconds)
+            return method(request, timeout=self._timeout_seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             raise ClientError.of(error, self.address) from None
 

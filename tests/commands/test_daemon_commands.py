@@ -160,3 +160,34 @@ def test_an_alias_is_set_asked_listed_and_removed(ask: Call, squares: Path) -> N
     assert "production" in err
     assert ask("alias", "delete", "squares", "production")[0] == 0
     assert ask("alias", "list")[1:] == ("", "no alias\n")
+
+
+def test_what_serves_is_chosen_divided_and_told(ask: Call) -> None:
+    assert ask("models", "policy", "squares", "pinned")[:2] == (
+        0,
+        "squares: version 1 serves, by policy pinned\n",
+    )
+    ask("alias", "set", "squares", "stable", 1)
+    code, out, _ = ask("models", "traffic", "squares", "stable=3")
+    assert (code, out) == (0, "squares: version 1 serves, by policy pinned; divided between stable 3\n")
+    assert objects(ask("models", "traffic", "squares", "--json")[1])[0]["traffic"] == {}
+    assert ask("models", "policy", "squares", "latest")[1] == "squares: version 1 serves, by policy latest\n"
+    ask("alias", "delete", "squares", "stable")
+    code, out, _ = ask("models", "history", "squares")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ["when", "model", "what", "who", "why"]
+    for told in ("version none → 1 serves", "policy pinned, version 1", "traffic: stable 3", "alias stable: none → 1"):
+        assert any(told in line for line in lines), out
+    assert any("@" in line and "(ipv4:127.0.0.1:" in line for line in lines)
+    assert {c["kind"] for c in objects(ask("models", "history", "--json")[1])} >= {"CHANGE_KIND_POLICY"}
+
+
+def test_what_cannot_be_changed_is_told(ask: Call) -> None:
+    code, _, err = ask("models", "rollback", "squares")
+    assert code == 1 and "squares has no earlier version to go back to" in err
+    code, _, err = ask("models", "delete", "squares", 1)
+    assert code == 1 and "version 1 of squares serves: it is kept" in err
+    code, _, err = ask("models", "traffic", "squares", "stable")
+    assert code == 2 and "is not ALIAS=WEIGHT" in err
+    code, _, err = ask("models", "policy", "squares", "oldest")
+    assert code == 1 and "no policy 'oldest'; choose from latest, best, pinned, manual" in err

@@ -11,12 +11,17 @@ from torch import nn
 
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import MANIFEST_NAME, Epoch, Manifest
-from backboned.server.serving.library import Library, version_numbers
+from backboned.server.serving.library import Library
 from backboned.server.serving.plan import DropState
-from backboned.server.serving.snapshot import LoadedModel, State
+from backboned.server.serving.snapshot import LoadedModel, Snapshot, State
 
 MakeManifest = Callable[..., Manifest]
 KEY = ("flowers", 1)
+
+
+def serving(snapshot: Snapshot) -> dict[str, int]:
+    """The version that answers by default, of each model that has one."""
+    return {name: model.serving for name, model in snapshot.models.items() if model.serving}
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ def test_what_is_loaded_is_serving_also_in_quarantine(
     snapshot = library.snapshot()
     known = snapshot.models["flowers"].versions[1]
     assert known.state is State.QUARANTINED and known.loaded is library.loaded[KEY]
-    assert version_numbers(snapshot.models) == {"flowers": 1}
+    assert serving(snapshot) == {"flowers": 1}
 
 
 def test_the_newest_complete_version_answers_and_completeness_is_that_of_the_manifest_on_disk(
@@ -134,14 +139,14 @@ def test_the_newest_complete_version_answers_and_completeness_is_that_of_the_man
         write(folder, make_manifest(version=version, complete=complete))
         put(library, load, make_network, version=version, complete=complete)
     look(library)
-    assert version_numbers(library.snapshot().models) == {"flowers": 1}
+    assert serving(library.snapshot()) == {"flowers": 1}
     write(folder, make_manifest(version=2, complete=True))  # its job has ended
     look(library)
-    assert version_numbers(library.snapshot().models) == {"flowers": 2}
+    assert serving(library.snapshot()) == {"flowers": 2}
     del library.loaded["flowers", 1], library.loaded["flowers", 2]
-    assert version_numbers(library.snapshot().models) == {"flowers": 3}  # rather than nothing
+    assert serving(library.snapshot()) == {"flowers": 3}  # rather than nothing
     del library.loaded["flowers", 3]
-    assert version_numbers(library.snapshot().models) == {}
+    assert serving(library.snapshot()) == {}
 
 
 def test_a_version_about_to_be_loaded_is_loading(library: Library, folder: Path, make_manifest: MakeManifest) -> None:

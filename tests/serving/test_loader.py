@@ -35,17 +35,18 @@ from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
+from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import State
 
 PATIENCE_SECONDS = 30.0
-StartLoader = Callable[[Catalogue, Callable[[], Mapping[str, Mapping[str, int]]]], Loader]
+StartLoader = Callable[[Catalogue], Loader]
 
 
 @dataclass(frozen=True)
 class Room:
     root: Path
     loader: Loader
-    aliases: Aliases
+    records: Records
     stages: StageStore
     predict: Callable[..., Result]
 
@@ -93,18 +94,21 @@ def catalogue() -> Catalogue:
 
 @pytest.fixture
 def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
-    """Starts a loader alone, on `tmp_path`, with these backbones and aliases."""
+    """Starts a loader alone, on `tmp_path`, with these backbones."""
     with ExitStack() as stack:
+        database = open_database(tmp_path / ".state" / "db.sqlite")
+        stack.callback(database.dispose)
+        records = Records.of(database)
 
-        def start(known: Catalogue, pinned: Callable[[], Mapping[str, Mapping[str, int]]]) -> Loader:
+        def start(known: Catalogue) -> Loader:
             loader = Loader(
                 CheckpointDirectory(tmp_path),
                 known,
                 WeightStore(known),
                 StageStore(Device.choose("cpu", "fp32")),
                 telemetry=Metrics(version="0", torch_version="0", device="cpu"),
+                records=records,
                 settings=LoaderSettings(scan_interval_seconds=0.2),
-                pinned=pinned,
             )
             loader.start()
             stack.callback(loader.stop)
@@ -120,7 +124,7 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         database = open_database(tmp_path / "db.sqlite")
         stack.callback(database.dispose)
         telemetry = Metrics(version="0", torch_version="0", device="cpu")
-        aliases = Aliases(database)
+        records = Records.of(database)
         stages = StageStore(Device.choose("cpu", "fp32"))
         directory = CheckpointDirectory(tmp_path / "checkpoints")
         known = catalogue()
@@ -130,8 +134,8 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
             WeightStore(known),
             stages,
             telemetry=telemetry,
+            records=records,
             settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5, max_loaded_versions=2),
-            pinned=aliases.all,
         )
         loader.start()
         stack.callback(loader.stop)
@@ -142,13 +146,13 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         def predict(model: str, version: int | None = None, alias: str | None = None) -> Result:
             async def ask() -> tuple[Result, ...]:
                 admission = Admission(100, 10**7, engine.seconds_to_clear)
-                predictor = Predictor(Chooser(loader, aliases), engine, admission, telemetry)
+                predictor = Predictor(Chooser(loader, records), engine, admission, telemetry)
                 return await predictor.predict(Call((Target(model, version, alias),), [photo]))
 
             (result,) = asyncio.run(ask())
             return result
 
-        yield Room(tmp_path / "checkpoints", loader, aliases, stages, predict)
+        yield Room(tmp_path / "checkpoints", loader, records, stages, predict)
 
 
 def test_a_dropped_file_answers_and_a_second_one_takes_over(room: Room) -> None:
@@ -184,7 +188,7 @@ def test_versions_beyond_the_limit_are_loaded_when_they_are_asked_for(room: Room
 def test_an_alias_keeps_its_version_loaded(room: Room) -> None:
     room.drop("m", seed=1)
     room.wait(lambda: 1 in room.versions("m"))
-    room.aliases.set("m", "stable", 1)
+    room.records.aliases.set("m", "stable", 1)
     for version in (2, 3, 4):
         room.drop("m", seed=version)
         room.wait_for_version("m", version)
@@ -311,7 +315,7 @@ def test_while_weights_are_fetched_other_models_are_served(start_loader: StartLo
     fetched = replace(known.get("digits"), name="fetched", weights=weights)
     known.add(fetched, "tests")
     write_head(tmp_path / "slow", fetched, seed=1)
-    loader = start_loader(known, lambda: {})
+    loader = start_loader(known)
 
     def states(model: str) -> list[State]:
         found = loader.snapshot.models.get(model)
@@ -326,18 +330,16 @@ def test_while_weights_are_fetched_other_models_are_served(start_loader: StartLo
     wait_for(loader, lambda: states("slow") == [State.SERVING])
 
 
-def test_a_defect_in_a_round_does_not_end_the_loader(start_loader: StartLoader, tmp_path: Path) -> None:
-    broken = threading.Event()
-    broken.set()
+def test_a_defect_in_a_round_does_not_end_the_loader(
+    start_loader: StartLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("a defect")
 
-    def pinned() -> Mapping[str, Mapping[str, int]]:
-        if broken.is_set():
-            raise ZeroDivisionError("a defect")
-        return {}
-
-    loader = start_loader(catalogue(), pinned)
-    wait_for(loader, lambda: "the loader failed: ZeroDivisionError" in loader.scan_error)
-    broken.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Aliases, "all", broken)
+        loader = start_loader(catalogue())
+        wait_for(loader, lambda: "the loader failed: ZeroDivisionError" in loader.scan_error)
     (tmp_path / "m").mkdir()
     torch.save(state(1, 3), tmp_path / "m" / "model.pt")
     wait_for(loader, lambda: "m" in loader.snapshot.models and not loader.scan_error)

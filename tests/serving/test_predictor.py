@@ -26,13 +26,13 @@ from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
 from backboned.server.serving.admission import Admission
-from backboned.server.serving.aliases import Aliases
 from backboned.server.serving.calls import Call, Pixels, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.predictor import MAX_IMAGES, Predictor
 from backboned.server.serving.prepare import prepare
+from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import State
 
 TIMEOUT_SECONDS = 30.0
@@ -53,7 +53,7 @@ class World:
     """A loader that serves `networks`: three classes under `flowers`, a binary model, and one of many labels."""
 
     loader: Loader
-    aliases: Aliases
+    records: Records
     networks: Mapping[tuple[str, int], nn.Module]
 
 
@@ -76,17 +76,17 @@ def world(
     with ExitStack() as stack:
         database = open_database(root / "state.sqlite")
         stack.callback(database.dispose)
-        aliases = Aliases(database)
-        aliases.set("flowers", "stable", 1)
-        aliases.set("flowers", "broken", 3)
+        records = Records.of(database)
+        records.aliases.set("flowers", "stable", 1)
+        records.aliases.set("flowers", "broken", 3)
         loader = Loader(
             directory,
             catalogue,
             WeightStore(catalogue),
             StageStore(Device.choose("cpu", "fp32")),
             telemetry=_Silent(),
+            records=records,
             settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5),
-            pinned=aliases.all,
         )
         for (model, version), network in networks.items():
             (directory.root / model).mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def world(
         _damaged_copy(directory.root / "flowers" / "2", 3)
         _wait(loader, lambda: 3 in loader.snapshot.models["flowers"].versions)
         _wait(loader, lambda: all(f.state is State.QUARANTINED for f in loader.snapshot.refused))
-        yield World(loader, aliases, networks)
+        yield World(loader, records, networks)
 
 
 def leaves_network() -> nn.Module:
@@ -168,7 +168,7 @@ async def make_desk(world: World, telemetry: Any) -> AsyncIterator[Callable[...,
     def make(max_queued_images: int = 1000, max_queued_bytes: int = 10**8) -> Desk:
         engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000), threads=1)
         admission = Admission(max_queued_images, max_queued_bytes, engine.seconds_to_clear)
-        predictor = Predictor(Chooser(world.loader, world.aliases), engine, admission, telemetry)
+        predictor = Predictor(Chooser(world.loader, world.records), engine, admission, telemetry)
         made.append(Desk(predictor, engine, telemetry))
         return made[-1]
 

@@ -20,13 +20,13 @@ from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
 from backboned.server.serving.admission import Admission
-from backboned.server.serving.aliases import Aliases
 from backboned.server.serving.calls import Call, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
+from backboned.server.serving.records import Records
 from backboned.server.serving.telemetry import ServingTelemetry
 
 LABEL = "bee"
@@ -67,21 +67,21 @@ def predictor(
     catalogue.add(digits, "tests")
     device = Device.choose("cpu", "fp32")
     database = open_database(tmp_path / "state.sqlite")
-    aliases = Aliases(database)
+    records = Records.of(database)
     loader = Loader(
         CheckpointDirectory(tmp_path / "checkpoints"),
         catalogue,
         WeightStore(catalogue),
         StageStore(device),
         telemetry=telemetry,
+        records=records,
         settings=LoaderSettings(),
-        pinned=aliases.all,
     )
     engine = Engine(device, telemetry, partial(prepare, max_pixels=10**6), threads=1)
     loader.start()
     engine.start()
     loader.refresh().result(30)
-    yield Predictor(Chooser(loader, aliases), engine, Admission(100, 10**8, lambda _: 0.1), telemetry)
+    yield Predictor(Chooser(loader, records), engine, Admission(100, 10**8, lambda _: 0.1), telemetry)
     engine.stop()
     loader.stop()
     database.dispose()

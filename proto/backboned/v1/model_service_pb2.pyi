@@ -92,6 +92,78 @@ JOB_STATE_CANCELLED: JobState.ValueType  # 5
 """Ended by CancelJob."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _VersionPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VersionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERSION_POLICY_UNSPECIFIED: _VersionPolicy.ValueType  # 0
+    """Never sent."""
+    VERSION_POLICY_LATEST: _VersionPolicy.ValueType  # 1
+    """The newest that is complete; while there is none, the newest. The default."""
+    VERSION_POLICY_BEST: _VersionPolicy.ValueType  # 2
+    """The complete one with the highest validation accuracy, of equal ones that with the lowest validation loss."""
+    VERSION_POLICY_PINNED: _VersionPolicy.ValueType  # 3
+    """This one and no other: if it can't serve, calls fail and say why."""
+    VERSION_POLICY_MANUAL: _VersionPolicy.ValueType  # 4
+    """The one that was chosen last, whatever comes; the newest older one stands in if it can't serve."""
+
+class VersionPolicy(_VersionPolicy, metaclass=_VersionPolicyEnumTypeWrapper):
+    """How the version is found that answers where a call names none. Only what is loaded answers."""
+
+VERSION_POLICY_UNSPECIFIED: VersionPolicy.ValueType  # 0
+"""Never sent."""
+VERSION_POLICY_LATEST: VersionPolicy.ValueType  # 1
+"""The newest that is complete; while there is none, the newest. The default."""
+VERSION_POLICY_BEST: VersionPolicy.ValueType  # 2
+"""The complete one with the highest validation accuracy, of equal ones that with the lowest validation loss."""
+VERSION_POLICY_PINNED: VersionPolicy.ValueType  # 3
+"""This one and no other: if it can't serve, calls fail and say why."""
+VERSION_POLICY_MANUAL: VersionPolicy.ValueType  # 4
+"""The one that was chosen last, whatever comes; the newest older one stands in if it can't serve."""
+Global___VersionPolicy: _TypeAlias = VersionPolicy  # noqa: Y015
+
+class _ChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """Never sent."""
+    CHANGE_KIND_SERVING: _ChangeKind.ValueType  # 1
+    """Another version answers by default."""
+    CHANGE_KIND_POLICY: _ChangeKind.ValueType  # 2
+    """The policy was set."""
+    CHANGE_KIND_ALIAS: _ChangeKind.ValueType  # 3
+    """An alias was pointed elsewhere, or removed."""
+    CHANGE_KIND_TRAFFIC: _ChangeKind.ValueType  # 4
+    """Traffic was divided."""
+    CHANGE_KIND_REJECTED: _ChangeKind.ValueType  # 5
+    """A version was rejected, as by RollBack."""
+    CHANGE_KIND_DELETED: _ChangeKind.ValueType  # 6
+    """A version was deleted."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What a change was about."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""Never sent."""
+CHANGE_KIND_SERVING: ChangeKind.ValueType  # 1
+"""Another version answers by default."""
+CHANGE_KIND_POLICY: ChangeKind.ValueType  # 2
+"""The policy was set."""
+CHANGE_KIND_ALIAS: ChangeKind.ValueType  # 3
+"""An alias was pointed elsewhere, or removed."""
+CHANGE_KIND_TRAFFIC: ChangeKind.ValueType  # 4
+"""Traffic was divided."""
+CHANGE_KIND_REJECTED: ChangeKind.ValueType  # 5
+"""A version was rejected, as by RollBack."""
+CHANGE_KIND_DELETED: ChangeKind.ValueType  # 6
+"""A version was deleted."""
+Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
+
 class _CheckpointState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1297,6 +1369,7 @@ class PredictRequest(_message.Message):
     RETURN_EMBEDDING_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     EMBEDDING_STAGE_FIELD_NUMBER: _builtins.int
+    STICKY_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name. Required, unless `models` is given."""
     version: _builtins.int
@@ -1311,6 +1384,10 @@ class PredictRequest(_message.Message):
     """A stage of the backbone, by name as in ListBackbones, of each model's: return its output in place of the features
     that the head reads, as if `return_embedding` were set. It is averaged over positions: of maps [channels, height,
     width] the channels are left, of tokens [tokens, width] the width; a vector is returned as it is. Default: none.
+    """
+    sticky_key: _builtins.str
+    """Where the model's traffic is divided, calls with the same key go to the same alias, as long as the weights stay: a
+    user's id, say. Without one each call goes where chance takes it. At most 256 characters.
     """
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
@@ -1340,10 +1417,11 @@ class PredictRequest(_message.Message):
         return_embedding: _builtins.bool = ...,
         models: _abc.Iterable[Global___ModelTarget] | None = ...,
         embedding_stage: _builtins.str = ...,
+        sticky_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "target", b"target", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "embedding_stage", b"embedding_stage", "images", b"images", "labels", b"labels", "model", b"model", "models", b"models", "return_embedding", b"return_embedding", "target", b"target", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "embedding_stage", b"embedding_stage", "images", b"images", "labels", b"labels", "model", b"model", "models", b"models", "return_embedding", b"return_embedding", "sticky_key", b"sticky_key", "target", b"target", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["version", "alias"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
@@ -1836,14 +1914,41 @@ class Model(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class TrafficEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     SERVING_VERSION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     serving_version: _builtins.int
     """The version that answers when none is asked for; 0 while none is loaded."""
+    policy: Global___VersionPolicy.ValueType
+    """How `serving_version` is chosen."""
+    policy_version: _builtins.int
+    """The version that the policy names: of VERSION_POLICY_PINNED and VERSION_POLICY_MANUAL."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
         """All versions, newest first."""
@@ -1852,6 +1957,10 @@ class Model(_message.Message):
     def aliases(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Aliases and their versions."""
 
+    @_builtins.property
+    def traffic(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How calls that name neither a version nor an alias are divided: weights by alias. Empty: they aren't."""
+
     def __init__(
         self,
         *,
@@ -1859,10 +1968,13 @@ class Model(_message.Message):
         serving_version: _builtins.int = ...,
         versions: _abc.Iterable[Global___ModelVersion] | None = ...,
         aliases: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        policy: Global___VersionPolicy.ValueType = ...,
+        policy_version: _builtins.int = ...,
+        traffic: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "name", b"name", "serving_version", b"serving_version", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "name", b"name", "policy", b"policy", "policy_version", b"policy_version", "serving_version", b"serving_version", "traffic", b"traffic", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1879,12 +1991,15 @@ class ModelVersion(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     SHARED_STAGES_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Its number."""
     complete: _builtins.bool
     """Whether its job has ended well, or its file was adopted."""
     loaded: _builtins.bool
     """Whether it is in memory."""
+    rejected: _builtins.str
+    """Why it isn't chosen to serve any more, as after RollBack; empty otherwise."""
     @_builtins.property
     def checkpoint(self) -> Global___Checkpoint:
         """Its best checkpoint so far."""
@@ -1901,10 +2016,11 @@ class ModelVersion(_message.Message):
         complete: _builtins.bool = ...,
         loaded: _builtins.bool = ...,
         shared_stages: _abc.Iterable[_builtins.str] | None = ...,
+        rejected: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "complete", b"complete", "loaded", b"loaded", "shared_stages", b"shared_stages", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "complete", b"complete", "loaded", b"loaded", "rejected", b"rejected", "shared_stages", b"shared_stages", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1977,6 +2093,234 @@ class DeleteAliasRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
 
 Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetVersionPolicyRequest(_message.Message):
+    """Sets a policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Required."""
+    policy: Global___VersionPolicy.ValueType
+    """How the version that answers by default is chosen. Required."""
+    version: _builtins.int
+    """Which one, for VERSION_POLICY_PINNED and VERSION_POLICY_MANUAL; unset: the one that serves now. For the others it
+    must not be set.
+    """
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        policy: Global___VersionPolicy.ValueType = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "model", b"model", "policy", b"policy", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___SetVersionPolicyRequest: _TypeAlias = SetVersionPolicyRequest  # noqa: Y015
+
+@_typing.final
+class RollBackRequest(_message.Message):
+    """Asks to go back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Required."""
+    expected_version: _builtins.int
+    """The version that must serve now for this to happen. Unset: any."""
+    reason: _builtins.str
+    """Why, for the history. Optional, at most 1000 characters."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        expected_version: _builtins.int | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "model", b"model", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
+
+Global___RollBackRequest: _TypeAlias = RollBackRequest  # noqa: Y015
+
+@_typing.final
+class SetTrafficRequest(_message.Message):
+    """Divides traffic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class WeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name. Required."""
+    @_builtins.property
+    def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Weights by alias, 1…1000000 each; an alias without a weight gets nothing. Empty: traffic isn't divided any more."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        weights: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTrafficRequest: _TypeAlias = SetTrafficRequest  # noqa: Y015
+
+@_typing.final
+class ListHistoryRequest(_message.Message):
+    """Asks for the history."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only this model's. Optional."""
+    page_size: _builtins.int
+    """1…1000, default 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHistoryRequest: _TypeAlias = ListHistoryRequest  # noqa: Y015
+
+@_typing.final
+class ListHistoryResponse(_message.Message):
+    """Changes, newest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]:
+        """The page."""
+
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___Change] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHistoryResponse: _TypeAlias = ListHistoryResponse  # noqa: Y015
+
+@_typing.final
+class Change(_message.Message):
+    """A change of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """1, 2, 3, … over all models."""
+    model: _builtins.str
+    """The model's name."""
+    kind: Global___ChangeKind.ValueType
+    """What it was about."""
+    version: _builtins.int
+    """The version that it came to; 0: none."""
+    previous_version: _builtins.int
+    """The version before; 0: none."""
+    subject: _builtins.str
+    """The alias, the policy or the division of traffic."""
+    actor: _builtins.str
+    """Who did it, as the caller says (metadata `backboned-actor`) and from where; empty: the daemon itself."""
+    reason: _builtins.str
+    """Why."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        kind: Global___ChangeKind.ValueType = ...,
+        version: _builtins.int = ...,
+        previous_version: _builtins.int = ...,
+        subject: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "kind", b"kind", "model", b"model", "number", b"number", "previous_version", b"previous_version", "reason", b"reason", "subject", b"subject", "time", b"time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Change: _TypeAlias = Change  # noqa: Y015
 
 @_typing.final
 class DeleteModelVersionRequest(_message.Message):

@@ -111,6 +111,26 @@ class ModelServiceStub(object):
                 request_serializer=backboned_dot_v1_dot_model__service__pb2.DeleteAliasRequest.SerializeToString,
                 response_deserializer=backboned_dot_v1_dot_model__service__pb2.Model.FromString,
                 _registered_method=True)
+        self.SetVersionPolicy = channel.unary_unary(
+                '/backboned.v1.ModelService/SetVersionPolicy',
+                request_serializer=backboned_dot_v1_dot_model__service__pb2.SetVersionPolicyRequest.SerializeToString,
+                response_deserializer=backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+                _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/backboned.v1.ModelService/RollBack',
+                request_serializer=backboned_dot_v1_dot_model__service__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+                _registered_method=True)
+        self.SetTraffic = channel.unary_unary(
+                '/backboned.v1.ModelService/SetTraffic',
+                request_serializer=backboned_dot_v1_dot_model__service__pb2.SetTrafficRequest.SerializeToString,
+                response_deserializer=backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+                _registered_method=True)
+        self.ListHistory = channel.unary_unary(
+                '/backboned.v1.ModelService/ListHistory',
+                request_serializer=backboned_dot_v1_dot_model__service__pb2.ListHistoryRequest.SerializeToString,
+                response_deserializer=backboned_dot_v1_dot_model__service__pb2.ListHistoryResponse.FromString,
+                _registered_method=True)
         self.DeleteModelVersion = channel.unary_unary(
                 '/backboned.v1.ModelService/DeleteModelVersion',
                 request_serializer=backboned_dot_v1_dot_model__service__pb2.DeleteModelVersionRequest.SerializeToString,
@@ -286,18 +306,64 @@ class ModelServiceServicer(object):
         """Removes an alias.
 
         NOT_FOUND            unknown model or alias
+        FAILED_PRECONDITION  traffic is divided to it
         ABORTED              the alias doesn't point to `expected_version` now
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetVersionPolicy(self, request, context):
+        """Chooses how the version is found that answers where a call names none. A version that is named is loaded first, so
+        that no call waits for it.
+
+        NOT_FOUND            unknown model or version
+        INVALID_ARGUMENT     a version with a policy that chooses it itself, or none where nothing serves yet
+        FAILED_PRECONDITION  the version is quarantined; the message says why
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBack(self, request, context):
+        """Goes back to the version that served before the present one, which isn't chosen again unless it is named. Versions
+        that come later serve as the policy says.
+
+        NOT_FOUND            unknown model
+        FAILED_PRECONDITION  there is no earlier version that can serve
+        ABORTED              `expected_version` doesn't serve now
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTraffic(self, request, context):
+        """Divides the calls that name neither a version nor an alias between aliases, by weight. Without weights: not any more.
+
+        NOT_FOUND            unknown model or alias
+        INVALID_ARGUMENT     a weight out of range
+        FAILED_PRECONDITION  the version of an alias is quarantined
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListHistory(self, request, context):
+        """What served when, and who changed what: newest first, page by page.
+
+        NOT_FOUND            `model` is unknown, and has no history
+        INVALID_ARGUMENT     a bad page size or token
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteModelVersion(self, request, context):
-        """Deletes a version and its files. A version that serves or has an alias is kept.
+        """Deletes a version and its files. A version that serves or has an alias is kept. Its number isn't given again, and a
+        dropped file that it was adopted from stays.
 
         NOT_FOUND            unknown model or version
         FAILED_PRECONDITION  the version serves, is being trained or has an alias
-        UNIMPLEMENTED        in this version of the daemon
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -412,6 +478,26 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DeleteAlias,
                     request_deserializer=backboned_dot_v1_dot_model__service__pb2.DeleteAliasRequest.FromString,
                     response_serializer=backboned_dot_v1_dot_model__service__pb2.Model.SerializeToString,
+            ),
+            'SetVersionPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetVersionPolicy,
+                    request_deserializer=backboned_dot_v1_dot_model__service__pb2.SetVersionPolicyRequest.FromString,
+                    response_serializer=backboned_dot_v1_dot_model__service__pb2.Model.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=backboned_dot_v1_dot_model__service__pb2.RollBackRequest.FromString,
+                    response_serializer=backboned_dot_v1_dot_model__service__pb2.Model.SerializeToString,
+            ),
+            'SetTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTraffic,
+                    request_deserializer=backboned_dot_v1_dot_model__service__pb2.SetTrafficRequest.FromString,
+                    response_serializer=backboned_dot_v1_dot_model__service__pb2.Model.SerializeToString,
+            ),
+            'ListHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHistory,
+                    request_deserializer=backboned_dot_v1_dot_model__service__pb2.ListHistoryRequest.FromString,
+                    response_serializer=backboned_dot_v1_dot_model__service__pb2.ListHistoryResponse.SerializeToString,
             ),
             'DeleteModelVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteModelVersion,
@@ -840,6 +926,114 @@ class ModelService(object):
             '/backboned.v1.ModelService/DeleteAlias',
             backboned_dot_v1_dot_model__service__pb2.DeleteAliasRequest.SerializeToString,
             backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetVersionPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backboned.v1.ModelService/SetVersionPolicy',
+            backboned_dot_v1_dot_model__service__pb2.SetVersionPolicyRequest.SerializeToString,
+            backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backboned.v1.ModelService/RollBack',
+            backboned_dot_v1_dot_model__service__pb2.RollBackRequest.SerializeToString,
+            backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backboned.v1.ModelService/SetTraffic',
+            backboned_dot_v1_dot_model__service__pb2.SetTrafficRequest.SerializeToString,
+            backboned_dot_v1_dot_model__service__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backboned.v1.ModelService/ListHistory',
+            backboned_dot_v1_dot_model__service__pb2.ListHistoryRequest.SerializeToString,
+            backboned_dot_v1_dot_model__service__pb2.ListHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

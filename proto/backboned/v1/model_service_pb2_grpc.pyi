@@ -134,14 +134,44 @@ class ModelServiceStub:
     """Removes an alias.
 
       NOT_FOUND            unknown model or alias
+      FAILED_PRECONDITION  traffic is divided to it
       ABORTED              the alias doesn't point to `expected_version` now
     """
+    SetVersionPolicy: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.SetVersionPolicyRequest, _model_service_pb2.Model]
+    """Chooses how the version is found that answers where a call names none. A version that is named is loaded first, so
+    that no call waits for it.
+
+      NOT_FOUND            unknown model or version
+      INVALID_ARGUMENT     a version with a policy that chooses it itself, or none where nothing serves yet
+      FAILED_PRECONDITION  the version is quarantined; the message says why
+    """
+    RollBack: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RollBackRequest, _model_service_pb2.Model]
+    """Goes back to the version that served before the present one, which isn't chosen again unless it is named. Versions
+    that come later serve as the policy says.
+
+      NOT_FOUND            unknown model
+      FAILED_PRECONDITION  there is no earlier version that can serve
+      ABORTED              `expected_version` doesn't serve now
+    """
+    SetTraffic: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.SetTrafficRequest, _model_service_pb2.Model]
+    """Divides the calls that name neither a version nor an alias between aliases, by weight. Without weights: not any more.
+
+      NOT_FOUND            unknown model or alias
+      INVALID_ARGUMENT     a weight out of range
+      FAILED_PRECONDITION  the version of an alias is quarantined
+    """
+    ListHistory: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListHistoryRequest, _model_service_pb2.ListHistoryResponse]
+    """What served when, and who changed what: newest first, page by page.
+
+      NOT_FOUND            `model` is unknown, and has no history
+      INVALID_ARGUMENT     a bad page size or token
+    """
     DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]
-    """Deletes a version and its files. A version that serves or has an alias is kept.
+    """Deletes a version and its files. A version that serves or has an alias is kept. Its number isn't given again, and a
+    dropped file that it was adopted from stays.
 
       NOT_FOUND            unknown model or version
       FAILED_PRECONDITION  the version serves, is being trained or has an alias
-      UNIMPLEMENTED        in this version of the daemon
     """
     UploadDataset: _grpc.StreamUnaryMultiCallable[_model_service_pb2.UploadDatasetRequest, _model_service_pb2.Dataset]
     """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
@@ -261,14 +291,44 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Removes an alias.
 
       NOT_FOUND            unknown model or alias
+      FAILED_PRECONDITION  traffic is divided to it
       ABORTED              the alias doesn't point to `expected_version` now
     """
+    SetVersionPolicy: _aio.UnaryUnaryMultiCallable[_model_service_pb2.SetVersionPolicyRequest, _model_service_pb2.Model]  # type: ignore[assignment]
+    """Chooses how the version is found that answers where a call names none. A version that is named is loaded first, so
+    that no call waits for it.
+
+      NOT_FOUND            unknown model or version
+      INVALID_ARGUMENT     a version with a policy that chooses it itself, or none where nothing serves yet
+      FAILED_PRECONDITION  the version is quarantined; the message says why
+    """
+    RollBack: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RollBackRequest, _model_service_pb2.Model]  # type: ignore[assignment]
+    """Goes back to the version that served before the present one, which isn't chosen again unless it is named. Versions
+    that come later serve as the policy says.
+
+      NOT_FOUND            unknown model
+      FAILED_PRECONDITION  there is no earlier version that can serve
+      ABORTED              `expected_version` doesn't serve now
+    """
+    SetTraffic: _aio.UnaryUnaryMultiCallable[_model_service_pb2.SetTrafficRequest, _model_service_pb2.Model]  # type: ignore[assignment]
+    """Divides the calls that name neither a version nor an alias between aliases, by weight. Without weights: not any more.
+
+      NOT_FOUND            unknown model or alias
+      INVALID_ARGUMENT     a weight out of range
+      FAILED_PRECONDITION  the version of an alias is quarantined
+    """
+    ListHistory: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListHistoryRequest, _model_service_pb2.ListHistoryResponse]  # type: ignore[assignment]
+    """What served when, and who changed what: newest first, page by page.
+
+      NOT_FOUND            `model` is unknown, and has no history
+      INVALID_ARGUMENT     a bad page size or token
+    """
     DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a version and its files. A version that serves or has an alias is kept.
+    """Deletes a version and its files. A version that serves or has an alias is kept. Its number isn't given again, and a
+    dropped file that it was adopted from stays.
 
       NOT_FOUND            unknown model or version
       FAILED_PRECONDITION  the version serves, is being trained or has an alias
-      UNIMPLEMENTED        in this version of the daemon
     """
     UploadDataset: _aio.StreamUnaryMultiCallable[_model_service_pb2.UploadDatasetRequest, _model_service_pb2.Dataset]  # type: ignore[assignment]
     """Uploads images, for clients that share no disk with the daemon. Images are known by their SHA-256: the first
@@ -475,7 +535,61 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes an alias.
 
           NOT_FOUND            unknown model or alias
+          FAILED_PRECONDITION  traffic is divided to it
           ABORTED              the alias doesn't point to `expected_version` now
+        """
+
+    @_abc_1.abstractmethod
+    def SetVersionPolicy(
+        self,
+        request: _model_service_pb2.SetVersionPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.Model, _abc.Awaitable[_model_service_pb2.Model]]:
+        """Chooses how the version is found that answers where a call names none. A version that is named is loaded first, so
+        that no call waits for it.
+
+          NOT_FOUND            unknown model or version
+          INVALID_ARGUMENT     a version with a policy that chooses it itself, or none where nothing serves yet
+          FAILED_PRECONDITION  the version is quarantined; the message says why
+        """
+
+    @_abc_1.abstractmethod
+    def RollBack(
+        self,
+        request: _model_service_pb2.RollBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.Model, _abc.Awaitable[_model_service_pb2.Model]]:
+        """Goes back to the version that served before the present one, which isn't chosen again unless it is named. Versions
+        that come later serve as the policy says.
+
+          NOT_FOUND            unknown model
+          FAILED_PRECONDITION  there is no earlier version that can serve
+          ABORTED              `expected_version` doesn't serve now
+        """
+
+    @_abc_1.abstractmethod
+    def SetTraffic(
+        self,
+        request: _model_service_pb2.SetTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.Model, _abc.Awaitable[_model_service_pb2.Model]]:
+        """Divides the calls that name neither a version nor an alias between aliases, by weight. Without weights: not any more.
+
+          NOT_FOUND            unknown model or alias
+          INVALID_ARGUMENT     a weight out of range
+          FAILED_PRECONDITION  the version of an alias is quarantined
+        """
+
+    @_abc_1.abstractmethod
+    def ListHistory(
+        self,
+        request: _model_service_pb2.ListHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ListHistoryResponse, _abc.Awaitable[_model_service_pb2.ListHistoryResponse]]:
+        """What served when, and who changed what: newest first, page by page.
+
+          NOT_FOUND            `model` is unknown, and has no history
+          INVALID_ARGUMENT     a bad page size or token
         """
 
     @_abc_1.abstractmethod
@@ -484,11 +598,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DeleteModelVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a version and its files. A version that serves or has an alias is kept.
+        """Deletes a version and its files. A version that serves or has an alias is kept. Its number isn't given again, and a
+        dropped file that it was adopted from stays.
 
           NOT_FOUND            unknown model or version
           FAILED_PRECONDITION  the version serves, is being trained or has an alias
-          UNIMPLEMENTED        in this version of the daemon
         """
 
     @_abc_1.abstractmethod

@@ -4,16 +4,22 @@
 <root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
 """
 
+import json
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from backboned.registry.atomic import sync_path, write_atomically
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, check_name
 from backboned.registry.payload import SUFFIXES
 from backboned.registry.sidecar import sidecar_paths
 
 MAX_VERSION = 2**62
+TOMBSTONE_NAME = "deleted.json"
+"""What is left of a deleted version whose number, or dropped file, must not be taken for a new one."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,15 @@ class Drop:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one look at the directory found. `refused` has paths that can't be used as they are, with the reason."""
+    """What one look at the directory found. `refused` has paths that can't be used as they are, with the reason.
+
+    `deleted` are versions of which only a tombstone is left.
+    """
 
     versions: dict[tuple[str, int], Signature] = field(default_factory=dict)
     drops: dict[Path, Drop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
+    deleted: set[tuple[str, int]] = field(default_factory=set)
 
 
 class CheckpointDirectory:
@@ -93,6 +103,30 @@ class CheckpointDirectory:
             return []
         return sorted(v for v in map(_version, names) if v is not None)
 
+    def remove(self, model: str, version: int) -> None:
+        """Delete a version, its manifest first: then it is gone, whatever happens next. Its number isn't given again.
+
+        A dropped file that it was adopted from stays, and isn't adopted anew. Raises `OSError` if it can't be deleted.
+        """
+        folder = self.version(model, version)
+        source, key = _source(folder / MANIFEST_NAME)
+        adopted = bool(source) and (folder.parent / source).exists()
+        if adopted or version == max(self.versions(model)):
+            content = json.dumps({"adopted_from": source, "adopted_key": key}).encode()
+            write_atomically(folder / TOMBSTONE_NAME, lambda file: file.write(content))
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        sync_path(folder)
+        if not (folder / TOMBSTONE_NAME).exists():
+            shutil.rmtree(folder)
+            return
+        for path in folder.iterdir():
+            if path.name != TOMBSTONE_NAME:
+                path.unlink() if not path.is_dir() else shutil.rmtree(path)
+
+    def tombstone(self, model: str, version: int) -> tuple[str, str]:
+        """Of a deleted version, the name and key of the dropped file that it was adopted from; empty if of none."""
+        return _source(self.version(model, version) / TOMBSTONE_NAME)
+
     def scan(self) -> Seen:
         """Look at everything that could be served, at names and signatures only. Raises `OSError` if there's no root.
 
@@ -124,6 +158,8 @@ class CheckpointDirectory:
             signature = Signature.of(path / MANIFEST_NAME)
             if signature is not None:
                 seen.versions[model, version] = signature
+            elif (path / TOMBSTONE_NAME).exists():
+                seen.deleted.add((model, version))
         elif path.is_file() and (signature := Signature.of(path)) is not None:
             beside = tuple(Signature.of(p) for p in sidecar_paths(path))
             seen.drops[path] = Drop(model, path, signature, beside)
@@ -131,6 +167,14 @@ class CheckpointDirectory:
             seen.refused[path] = "it is a link to nothing"
         else:
             seen.refused[path] = "it is not a file"
+
+
+def _source(description: Path) -> tuple[str, str]:
+    """What a manifest or a tombstone says of the dropped file that its version was adopted from."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        values = json.loads(description.read_text(encoding="utf-8"))
+        return Path(str(values["adopted_from"])).name, str(values["adopted_key"])
+    return "", ""
 
 
 def _refusal(path: Path, real_root: str) -> str | None:

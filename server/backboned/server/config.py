@@ -103,6 +103,14 @@ class Config(BaseSettings):
     max_loaded_versions: int = Field(
         default=4, ge=1, description="Newest versions of each model that are kept in memory."
     )
+    keep_versions: int = Field(
+        default=0, ge=0, description="Newest versions of each model that are kept on disk; 0: any number."
+    )
+    keep_days: float = Field(
+        default=0.0,
+        ge=0,
+        description="Days for which a version beyond those is kept; 0: none.",
+    )
     drain_seconds: float = Field(
         default=20.0, ge=0, le=3600, description="How long a stop waits for what is under way."
     )

@@ -35,12 +35,14 @@ from backboned.server.database import open_database
 from backboned.server.ops.http import HttpServer, application
 from backboned.server.ops.metrics import Metrics
 from backboned.server.serving.admission import Admission
-from backboned.server.serving.aliases import Aliases
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
+from backboned.server.serving.records import Records
+from backboned.server.serving.sweep import Sweeper
+from backboned.server.serving.versions import Versions
 from backboned.server.training.jobs import JobStore
 from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.supervisor import JobSupervisor
@@ -102,21 +104,21 @@ class Daemon:
             largest_batch=config.max_batch_size,
             enabled=config.compile == "auto",
         )
-        aliases = Aliases(database)
+        records = Records.of(database)
         self.loader = Loader(
             directory,
             catalogue,
             weights,
             self._stages,
             telemetry=self.metrics,
+            records=records,
             settings=LoaderSettings(
                 config.scan_interval_seconds, config.settle_seconds, config.max_loaded_versions, config.watch
             ),
-            pinned=aliases.all,
             on_loaded=self._compiler.consider,
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
-        chooser = Chooser(self.loader, aliases)
+        chooser = Chooser(self.loader, records)
         self.predictor = Predictor(chooser, self.engine, admission, self.metrics)
         self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
         self.jobs = JobSupervisor(
@@ -128,7 +130,18 @@ class Daemon:
             telemetry=self.metrics,
             before_success=self._see_version,
         )
-        rooms = Rooms(catalogue, weights, directory, self.loader, aliases, self.predictor, self.jobs, self.uploads)
+        self.versions = Versions(self.loader, directory, records, self.jobs.writes)
+        rooms = Rooms(
+            catalogue,
+            weights,
+            directory,
+            self.loader,
+            records,
+            self.versions,
+            self.predictor,
+            self.jobs,
+            self.uploads,
+        )
         count = _frontends(config, device)
         frontends = Frontends(
             count,
@@ -142,6 +155,7 @@ class Daemon:
             max_message_bytes=config.max_message_bytes,
             frontends=frontends if count else None,
         )
+        self._sweeper = Sweeper(self.versions, config.keep_versions, config.keep_days)
         self.metrics.watch_queue(self.engine.depth)
         self.metrics.watch_stages(self._stages.loaded)
         self.metrics.watch_compiler(not self._compiler.unavailable, self._compiler.compiled, self._compiler.pending)
@@ -160,6 +174,7 @@ class Daemon:
         await self.jobs.start()
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
         self.grpc.set_serving(True)
+        self._sweeper.start()
         self._not_ready_reason = None
         host = f"[{http_host}]" if ":" in http_host else http_host
         return {"grpc": f"{host}:{grpc_port}", "http": f"http://{host}:{http_port}"}
@@ -169,6 +184,7 @@ class Daemon:
         self._not_ready_reason = "stopping"
         self.grpc.set_serving(False)
         drain = self._config.drain_seconds
+        await self._sweeper.stop()
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
         self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))

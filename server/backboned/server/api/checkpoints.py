@@ -10,7 +10,7 @@ from backboned.registry.manifest import EpochMetrics
 from backboned.registry.query import Field
 from backboned.registry.task import Task
 from backboned.server.serving.listing import CheckpointRow, version_rows
-from backboned.server.serving.snapshot import KnownModel, KnownVersion, State
+from backboned.server.serving.snapshot import KnownModel, State
 from backboned.v1 import model_service_pb2 as pb
 
 TASKS = {
@@ -54,19 +54,25 @@ def checkpoint_message(row: CheckpointRow) -> pb.Checkpoint:
     )
 
 
-def model_message(model: KnownModel, directory: CheckpointDirectory, aliases: Mapping[str, int]) -> pb.Model:
+def model_message(
+    model: KnownModel, directory: CheckpointDirectory, aliases: Mapping[str, int], traffic: Mapping[str, int]
+) -> pb.Model:
     """A model as a message, newest version first."""
-    default = model.default
     return pb.Model(
         name=model.name,
-        serving_version=default.manifest.version if default else 0,
-        versions=[_version(model.versions[v], directory, aliases) for v in sorted(model.versions, reverse=True)],
+        serving_version=model.serving,
+        versions=[_version(model, v, directory, aliases) for v in sorted(model.versions, reverse=True)],
         aliases=dict(aliases),
+        policy=pb.VersionPolicy.Value(f"VERSION_POLICY_{model.policy.kind.value}"),
+        policy_version=model.policy.version or 0,
+        traffic=dict(traffic),
     )
 
 
-def _version(version: KnownVersion, directory: CheckpointDirectory, aliases: Mapping[str, int]) -> pb.ModelVersion:
-    number = version.manifest.version
+def _version(
+    model: KnownModel, number: int, directory: CheckpointDirectory, aliases: Mapping[str, int]
+) -> pb.ModelVersion:
+    version = model.versions[number]
     pointing = tuple(sorted(a for a, v in aliases.items() if v == number))
     best = next(row for row in version_rows(version, directory, pointing) if row.best)
     return pb.ModelVersion(
@@ -75,6 +81,7 @@ def _version(version: KnownVersion, directory: CheckpointDirectory, aliases: Map
         complete=version.manifest.complete,
         loaded=version.loaded is not None,
         shared_stages=version.loaded.shared if version.loaded else (),
+        rejected=model.policy.rejected.get(number, ""),
     )
 
 

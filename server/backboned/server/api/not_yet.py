@@ -18,10 +18,6 @@ class NotYet(pb_grpc.ModelServiceServicer):
         """Not yet."""
         _refuse("ReportOutcome", "send `labels` with Predict")
 
-    async def DeleteModelVersion(self, request: pb.DeleteModelVersionRequest, context: Context) -> NoReturn:
-        """Not yet."""
-        _refuse("DeleteModelVersion", "remove the version's folder from the checkpoint directory")
-
 
 def _refuse(rpc: str, instead: str) -> NoReturn:
     raise BackbonedError(ErrorKind.UNIMPLEMENTED, f"{rpc} is not in this version of the daemon: {instead}")

@@ -7,6 +7,7 @@ from backboned.server.serving.calls import Call, Pixels, Prediction, Result, Tar
 from backboned.v1 import model_service_pb2 as pb
 
 MAX_MODELS = 64
+MAX_STICKY_KEY_LENGTH = 256
 
 
 def to_call(request: pb.PredictRequest) -> Call:
@@ -41,21 +42,24 @@ def to_response(request: pb.PredictRequest, results: Sequence[Result]) -> pb.Pre
 
 
 def _targets(request: pb.PredictRequest) -> tuple[Target, ...]:
+    if len(request.sticky_key) > MAX_STICKY_KEY_LENGTH:
+        raise invalid(f"sticky_key is longer than {MAX_STICKY_KEY_LENGTH} characters", field="sticky_key")
     if not request.models:
-        return (_target(request),)
+        return (_target(request, request.sticky_key),)
     if request.model or request.WhichOneof("target"):
         raise invalid("give `model`, with its `version` or `alias`, or give `models`, not both", field="models")
     if len(request.models) > MAX_MODELS:
         raise invalid(f"{len(request.models)} models in one request; send at most {MAX_MODELS}", field="models")
-    return tuple(map(_target, request.models))
+    return tuple(_target(named, request.sticky_key) for named in request.models)
 
 
-def _target(named: pb.PredictRequest | pb.ModelTarget) -> Target:
+def _target(named: pb.PredictRequest | pb.ModelTarget, sticky_key: str) -> Target:
     target = named.WhichOneof("target")
     return Target(
         named.model,
         version=named.version if target == "version" else None,
         alias=named.alias if target == "alias" else None,
+        sticky_key=sticky_key,
     )
 
 

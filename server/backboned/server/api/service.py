@@ -15,17 +15,20 @@ from backboned.registry.manifest import check_name
 from backboned.registry.query import paginate, parse_filter, parse_order
 from backboned.registry.reports import read_report
 from backboned.registry.weights import WeightStore
-from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message, model_message
+from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message
 from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_fields, job_message, to_options
 from backboned.server.api.not_yet import NotYet
 from backboned.server.api.predictions import to_call, to_response
 from backboned.server.api.streams import in_order
 from backboned.server.api.uploads import Uploads
-from backboned.server.serving.aliases import LATEST, Aliases
+from backboned.server.api.versions import VersionService
+from backboned.server.serving.aliases import LATEST
 from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
 from backboned.server.serving.loader import Loader
 from backboned.server.serving.predictor import Predictor
+from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import KnownModel
+from backboned.server.serving.versions import Versions
 from backboned.server.training.supervisor import JobSupervisor
 from backboned.server.training.uploads import UploadStore
 from backboned.v1 import model_service_pb2 as pb
@@ -44,17 +47,19 @@ class Rooms:
     weights: WeightStore
     directory: CheckpointDirectory
     loader: Loader
-    aliases: Aliases
+    records: Records
+    versions: Versions
     predictor: Predictor
     jobs: JobSupervisor
     uploads: UploadStore
 
 
-class ModelService(Uploads, NotYet):
+class ModelService(Uploads, VersionService, NotYet):
     """`backboned.v1.ModelService`."""
 
     def __init__(self, rooms: Rooms, *, max_message_bytes: int) -> None:
-        super().__init__(rooms.uploads, rooms.jobs, max_message_bytes)
+        Uploads.__init__(self, rooms.uploads, rooms.jobs, max_message_bytes)
+        VersionService.__init__(self, rooms.versions, rooms.records, rooms.directory)
         self._rooms = rooms
 
     async def FineTune(self, request: pb.FineTuneRequest, context: Context) -> pb.Job:
@@ -145,39 +150,14 @@ class ModelService(Uploads, NotYet):
         """Models by name."""
         models = list(self._rooms.loader.snapshot.models.values())
         page = paginate(models, request.page_size, request.page_token, identity=lambda m: m.name)
-        return pb.ListModelsResponse(
-            models=[self._message(m) for m in page.items], next_page_token=page.next_page_token
-        )
-
-    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
-        """One model."""
-        return self._message(await self._model(request.model))
+        return pb.ListModelsResponse(models=[self.message(m) for m in page.items], next_page_token=page.next_page_token)
 
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
         """The page of a version."""
-        model = await self._model(request.model)
+        model = await self._rooms.versions.model(request.model)
         wanted = self._reported(request, model)
         version, html = await asyncio.to_thread(read_report, self._rooms.directory, model.name, wanted)
         return pb.Report(model=model.name, version=version, html=html)
-
-    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.Model:
-        """Point an alias."""
-        model = await self._model(request.model)
-        if request.version not in model.versions:
-            known = [str(v) for v in model.versions]
-            raise not_found(f"version of {model.name}", str(request.version), known, field="version")
-        expected = request.expected_version if request.HasField("expected_version") else None
-        await asyncio.to_thread(self._rooms.aliases.set, model.name, request.alias, request.version, expected)
-        self._rooms.loader.hint()
-        return self._message(model)
-
-    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.Model:
-        """Remove an alias."""
-        model = await self._model(request.model)
-        expected = request.expected_version if request.HasField("expected_version") else None
-        await asyncio.to_thread(self._rooms.aliases.delete, model.name, request.alias, expected)
-        self._rooms.loader.hint()
-        return self._message(model)
 
     def _reported(self, request: pb.GetReportRequest, model: KnownModel) -> int | None:
         """The version whose report is asked for; None for the newest that has one."""
@@ -189,7 +169,7 @@ class ModelService(Uploads, NotYet):
             complete = [v for v, known in model.versions.items() if known.manifest.complete]
             number = max(complete or model.versions)
         elif target == "alias":
-            aliases = self._rooms.aliases.of(model.name)
+            aliases = self._rooms.records.aliases.of(model.name)
             if request.alias not in aliases:
                 raise not_found(f"alias of {model.name}", request.alias, [*aliases, LATEST], field="alias")
             number = aliases[request.alias]
@@ -198,21 +178,10 @@ class ModelService(Uploads, NotYet):
             raise not_found(f"version of {model.name}", str(number), known_versions, field="version")
         return number
 
-    async def _model(self, name: str) -> KnownModel:
-        """The model called `name`; looks at the directory once more before saying no."""
-        found = self._rooms.loader.snapshot.models.get(name)
-        if found is None:
-            await self._look()
-            models = self._rooms.loader.snapshot.models
-            found = models.get(name)
-            if found is None:
-                raise not_found("model", name, models, field="model")
-        return found
-
     async def _rows(self, model: str) -> list[CheckpointRow]:
         def read() -> list[CheckpointRow]:
             rooms = self._rooms
-            return checkpoint_rows(rooms.loader.snapshot, rooms.directory, rooms.aliases.all(), model)
+            return checkpoint_rows(rooms.loader.snapshot, rooms.directory, rooms.records.aliases.all(), model)
 
         rows = read()
         if model and not rows:
@@ -227,9 +196,6 @@ class ModelService(Uploads, NotYet):
         future = asyncio.wrap_future(self._rooms.loader.refresh())
         await asyncio.wait([future], timeout=_LOOK_SECONDS)
         future.cancel()
-
-    def _message(self, model: KnownModel) -> pb.Model:
-        return model_message(model, self._rooms.directory, self._rooms.aliases.of(model.name))
 
     async def _predict(self, request: pb.PredictRequest, patience_seconds: float | None = None) -> pb.PredictResponse:
         request = await self.with_dataset_images(request)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from backboned.client import Client
+from backboned.server.commands.models import as_user
 from backboned.server.commands.options import DEFAULT_ADDRESS, Json, Server
 from backboned.server.commands.output import console, print_json, print_table
 
@@ -28,7 +29,7 @@ def set_(
     json: Json = False,
 ) -> None:
     """Point an alias to a version."""
-    with Client(server) as client:
+    with as_user(server) as client:
         changed = client.set_alias(model, alias, version, expected_version=expected_version)
     if json:
         print_json(changed)
@@ -41,7 +42,7 @@ def delete(
     model: Model, alias: Alias, expected_version: Expected = None, server: Server = DEFAULT_ADDRESS, json: Json = False
 ) -> None:
     """Remove an alias."""
-    with Client(server) as client:
+    with as_user(server) as client:
         changed = client.delete_alias(model, alias, expected_version=expected_version)
     if json:
         print_json(changed)

@@ -27,11 +27,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Target:
-    """A model, and which of its versions; neither a version nor an alias: the one that serves by default."""
+    """A model, and which of its versions; neither a version nor an alias: the one that serves by default.
+
+    Where traffic is split, calls with one `sticky_key` are answered alike; with none, by chance.
+    """
 
     model: str
     version: int | None = None
     alias: str | None = None
+    sticky_key: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_found
 from backboned.registry.manifest import check_name
-from backboned.server.serving.aliases import LATEST, Aliases
+from backboned.server.serving.aliases import LATEST
 from backboned.server.serving.calls import Target
+from backboned.server.serving.decisions import share
 from backboned.server.serving.loader import Loader, not_loaded
+from backboned.server.serving.policy import candidates
+from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedModel, State
 
 _REFRESH_TIMEOUT_SECONDS = 10.0
@@ -17,9 +20,9 @@ _REFRESH_TIMEOUT_SECONDS = 10.0
 class Chooser:
     """Finds what calls name. For one event loop."""
 
-    def __init__(self, loader: Loader, aliases: Aliases) -> None:
+    def __init__(self, loader: Loader, records: Records) -> None:
         self._loader = loader
-        self._aliases = aliases
+        self._records = records
 
     def knows(self, model: str) -> bool:
         """Whether there is such a model."""
@@ -56,16 +59,18 @@ class Chooser:
             refused = next((f for f in snapshot.refused if f.model == target.model), None)
             hint = f" ({refused.path.name} is there but {refused.state.value}: {refused.reason})" if refused else ""
             raise not_found("model", target.model, snapshot.models, field="model", hint=hint)
+        if target.alias == LATEST:
+            if (latest := model.latest) is None:
+                raise _why_none(model)
+            return latest
         number = target.version
-        if target.alias is not None and target.alias != LATEST:
-            aliases = self._aliases.of(target.model)
+        if target.alias is not None:
+            aliases = self._records.aliases.of(target.model)
             if target.alias not in aliases:
                 raise not_found(f"alias of {target.model}", target.alias, [*aliases, LATEST], field="alias")
             number = aliases[target.alias]
         if number is None:
-            if (default := model.default) is None:
-                raise _why_none(model)
-            return default
+            return self._by_default(model, target)
         known = model.versions.get(number)
         if known is None:
             versions = [str(v) for v in model.versions]
@@ -73,6 +78,18 @@ class Chooser:
         if known.loaded is None:
             raise self._why_not(target.model, number, known)
         return known.loaded
+
+    def _by_default(self, model: KnownModel, target: Target) -> LoadedModel:
+        """Of the split of traffic, the version whose share the call falls into; the policy's, where there is none."""
+        split = self._records.decisions.split(model.name)
+        if split:
+            number = self._records.aliases.of(model.name).get(share(split, model.name, target.sticky_key))
+            known = None if number is None else model.versions.get(number)
+            if known is not None and known.loaded is not None:
+                return known.loaded
+        if (default := model.default) is None:
+            raise _why_none(model)
+        return default
 
     def _why_not(self, model: str, number: int, known: KnownVersion) -> BackbonedError:
         if known.state is State.QUARANTINED:
@@ -98,8 +115,16 @@ def tap_of(model: LoadedModel, stage: str, wanted: bool) -> int | None:
 
 
 def _why_none(model: KnownModel) -> BackbonedError:
-    newest = model.versions[max(model.versions)]
-    if newest.state is State.QUARANTINED:
-        message = f"{model.name} has no version that can serve; version {newest.manifest.version}: {newest.reason}"
+    manifests = {v: known.manifest for v, known in model.versions.items()}
+    first = next(iter(candidates(manifests, model.policy)), None)
+    if first is None:
+        what = (
+            f"is pinned to version {model.policy.version}, which is gone" if model.policy.version else "has none left"
+        )
+        message = f"{model.name} has no version that can serve: it {what}; set its policy, or name a version"
         return BackbonedError(ErrorKind.FAILED_PRECONDITION, message, field="model")
-    return not_loaded(model.name, newest.manifest.version)
+    chosen = model.versions[first]
+    if chosen.state is State.QUARANTINED:
+        message = f"{model.name} has no version that can serve; version {first}: {chosen.reason}"
+        return BackbonedError(ErrorKind.FAILED_PRECONDITION, message, field="model")
+    return not_loaded(model.name, first)

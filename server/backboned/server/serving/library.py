@@ -9,6 +9,7 @@ from backboned.registry.directory import CheckpointDirectory, Seen, Signature
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
 from backboned.server.serving.plan import DropState, Known, KnownDrop, VersionKey
+from backboned.server.serving.policy import Policy
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedModel, RefusedFile, Snapshot, State
 
 
@@ -33,6 +34,8 @@ class Library:
     drops: dict[Path, KnownDrop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
     loading: set[VersionKey] = field(default_factory=set)
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    deleted: dict[VersionKey, tuple[str, str]] = field(default_factory=dict)
 
     def update(self, seen: Seen, now: float) -> None:
         """Take in what one look found: read new manifests, note changed files, forget what is gone."""
@@ -44,6 +47,8 @@ class Library:
         for key, signature in seen.versions.items():
             if self.signatures.get(key) != signature:
                 self._read_manifest(key, signature)
+        for key in seen.deleted - self.deleted.keys():
+            self.deleted[key] = self.directory.tombstone(*key)
         for key, entry in list(self.quarantine.items()):
             if entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key):
                 del self.quarantine[key]
@@ -57,6 +62,7 @@ class Library:
             quarantined=self.quarantine.keys(),
             drops=self.drops,
             wanted=wanted,
+            policies=self.policies,
         )
 
     def add(self, model: LoadedModel) -> None:
@@ -87,8 +93,11 @@ class Library:
             models.setdefault(model, {})[version] = self._version((model, version), manifest)
         refused = [*self._refused_versions(), *self._refused_drops()]
         refused += [RefusedFile(_text(p.parent.name), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
-        served = {name: KnownModel(name, MappingProxyType(versions)) for name, versions in sorted(models.items())}
-        return Snapshot(MappingProxyType(served), tuple(refused))
+        served = {
+            name: KnownModel(name, MappingProxyType(versions), self.policies.get(name, Policy()))
+            for name, versions in sorted(models.items())
+        }
+        return Snapshot(MappingProxyType(served), tuple(refused), looked=True)
 
     def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
         self.signatures[key] = signature
@@ -111,7 +120,8 @@ class Library:
             return known
         if known is None:  # seen for the first time since the start: what was adopted before isn't read again
             adopted = self.adopted(drop.model, path.name)
-            if adopted is not None and adopted.adopted_key == drop.key:
+            known_as = {told for key, told in self.deleted.items() if key[0] == drop.model}
+            if (path.name, drop.key) in known_as or (adopted is not None and adopted.adopted_key == drop.key):
                 return KnownDrop(drop, now, DropState.ADOPTED)
         return KnownDrop(drop, now)
 
@@ -151,8 +161,3 @@ class Library:
 def _text(name: str) -> str:
     """A folder's name as text, even where it is none."""
     return name.encode("utf-8", "replace").decode()
-
-
-def version_numbers(models: Mapping[str, KnownModel]) -> dict[str, int]:
-    """The version that answers by default, for each model that has one."""
-    return {n: d.manifest.version for n, m in models.items() if (d := m.default) is not None}

@@ -7,7 +7,7 @@ here, off the request path; readers only ever see one finished snapshot or the n
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,8 +23,10 @@ from backboned.registry.version import VersionReader, VersionWeights
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.canary import Canary
 from backboned.server.compute.stages import LoadedStage, StageStore
-from backboned.server.serving.library import Library, version_numbers
+from backboned.server.serving.announce import Announcer
+from backboned.server.serving.library import Library
 from backboned.server.serving.plan import Action, Adopt, DropState, Load, VersionKey, plan
+from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import LoadedModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.watch import Watcher, WatchMode
@@ -61,11 +63,11 @@ class Loader:
         stages: StageStore,
         *,
         telemetry: ServingTelemetry,
+        records: Records,
         settings: LoaderSettings,
-        pinned: Callable[[], Mapping[str, Mapping[str, int]]],
         on_loaded: Callable[[Sequence[Path]], None] = lambda _: None,
     ) -> None:
-        """`pinned` tells the aliases of each model, whose versions stay loaded.
+        """The `records` tell which versions are to serve, and which have aliases and so stay loaded.
 
         `on_loaded` is told the paths of all that is loaded, whenever that has changed, before it serves.
         """
@@ -74,7 +76,8 @@ class Loader:
         self._stages = stages
         self._telemetry = telemetry
         self._settings = settings
-        self._pinned = pinned
+        self._records = records
+        self._announcer = Announcer(telemetry, records.history)
         self._on_loaded = on_loaded
         self._told: Sequence[Path] = ()
         self._reader = VersionReader(directory, Recogniser(catalogue), weights)
@@ -91,7 +94,6 @@ class Loader:
         self._stopping = False
         self._scan_error = ""
         self._published = 0.0
-        self._serving: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     @property
@@ -170,6 +172,7 @@ class Loader:
         self._note_scan_error("")
         self._telemetry.scanned(time.time())
         self._library.update(seen, time.monotonic())
+        self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
         todo = plan(
             self._library.known(self._wanted_versions()),
@@ -296,7 +299,7 @@ class Loader:
         return True
 
     def _wanted_versions(self) -> frozenset[VersionKey]:
-        pinned = {(m, v) for m, aliases in self._pinned().items() for v in aliases.values()}
+        pinned = {(m, v) for m, aliases in self._records.aliases.all().items() for v in aliases.values()}
         with self._lock:
             return frozenset(self._wanted) | pinned
 
@@ -307,12 +310,7 @@ class Loader:
             self._on_loaded(paths)
         before, self._snapshot = self._snapshot, self._library.snapshot()
         self._published = time.monotonic()
-        serving = version_numbers(self._snapshot.models)
-        for model, version in serving.items() - self._serving.items():
-            self._telemetry.serving_version(model, version)
-        self._serving = serving
-        for model in before.models.keys() - self._snapshot.models.keys():
-            self._telemetry.forget_model(model)
+        self._announcer.publish(before, self._snapshot)
 
     def _note_scan_error(self, message: str) -> None:
         if message and message != self._scan_error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backboned.registry.directory import Drop
 from backboned.registry.manifest import Manifest
+from backboned.server.serving.policy import Policy, candidates
 
 QUIET_SECONDS = 0.2
 """A dropped file must have stood still so long before it is first looked into."""
@@ -76,17 +77,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Known:
-    """What the loader knows: readable manifests, sha256 of what is loaded, and versions that were refused."""
+    """What the loader knows: readable manifests, sha256 of what is loaded, versions that were refused, and policies."""
 
     manifests: Mapping[VersionKey, Manifest] = field(default_factory=dict)
     loaded: Mapping[VersionKey, str] = field(default_factory=dict)
     quarantined: Set[VersionKey] = frozenset()
     drops: Mapping[Path, KnownDrop] = field(default_factory=dict)
     wanted: Set[VersionKey] = frozenset()
+    policies: Mapping[str, Policy] = field(default_factory=dict)
 
 
 def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions: int) -> Plan:
     """The actions that bring what is loaded to what should be: for each model its newest versions and the wanted ones.
+
+    And the version that its policy chooses, with the one that answers until that is loaded.
 
     Newest versions come first, dropped files last. What is quarantined isn't loaded; what serves of it, an earlier
     epoch or an older version, serves on.
@@ -112,17 +116,16 @@ def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions
 
 
 def _desired(known: Known, max_loaded_versions: int) -> set[VersionKey]:
-    by_model: dict[str, list[VersionKey]] = {}
+    by_model: dict[str, dict[int, Manifest]] = {}
     usable = {key for key in known.manifests if key not in known.quarantined or key in known.loaded}
-    for key in usable:
-        by_model.setdefault(key[0], []).append(key)
+    for model, version in usable:
+        by_model.setdefault(model, {})[version] = known.manifests[model, version]
     desired = set(known.wanted & usable)
-    for keys in by_model.values():
-        keys.sort(key=lambda k: -k[1])
-        desired.update(keys[:max_loaded_versions])
-        complete = [k for k in keys if known.manifests[k].complete]
+    for model, versions in by_model.items():
+        desired.update((model, v) for v in sorted(versions, reverse=True)[:max_loaded_versions])
+        chosen = [(model, v) for v in candidates(versions, known.policies.get(model, Policy()))]
         # A version in training must not push out the one that serves…
-        desired.update(complete[:1])
+        desired.update(chosen[:1])
         # …nor one that isn't loaded yet, and may never be.
-        desired.update([k for k in (*complete, *keys) if k in known.loaded][:1])
+        desired.update([key for key in chosen if key in known.loaded][:1])
     return desired

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
+from backboned.server.serving.policy import Policy, candidates
 
 
 class State(Enum):
@@ -68,24 +70,38 @@ class RefusedFile:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model: its versions by number."""
+    """A model: its versions by number, and the policy by which one of them answers by default."""
 
     name: str
     versions: Mapping[int, KnownVersion]
+    policy: Policy = field(default_factory=Policy)
+
+    @cached_property
+    def default(self) -> LoadedModel | None:
+        """What answers when no version is asked for: of the loaded ones, the first by policy."""
+        return self._first(self.policy)
+
+    @cached_property
+    def latest(self) -> LoadedModel | None:
+        """The newest loaded version that is complete, else the newest, whatever the policy."""
+        return self._first(Policy())
 
     @property
-    def default(self) -> LoadedModel | None:
-        """What answers when no version is asked for: the newest loaded version that is complete, else the newest."""
-        newest_first = [self.versions[v] for v in sorted(self.versions, reverse=True)]
+    def serving(self) -> int:
+        """The number of the version that answers by default; 0 if there is none."""
+        return 0 if self.default is None else self.default.manifest.version
+
+    def _first(self, policy: Policy) -> LoadedModel | None:
         # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
-        complete = (v.loaded for v in newest_first if v.loaded is not None and v.manifest.complete)
-        any_at_all = (v.loaded for v in newest_first if v.loaded is not None)
-        return next(complete, None) or next(any_at_all, None)
+        loaded = {v: known.manifest for v, known in self.versions.items() if known.loaded is not None}
+        chosen = next(iter(candidates(loaded, policy)), None)
+        return None if chosen is None else self.versions[chosen].loaded
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that is known at one moment."""
+    """Everything that is known at one moment; `looked` says that the directory has been looked at since the start."""
 
     models: Mapping[str, KnownModel] = field(default_factory=lambda: MappingProxyType({}))
     refused: tuple[RefusedFile, ...] = ()
+    looked: bool = False

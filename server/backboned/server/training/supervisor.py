@@ -130,6 +130,12 @@ class JobSupervisor:
         """Jobs, newest first; those of a model if one is given."""
         return await asyncio.to_thread(self._store.jobs, model=model)
 
+    async def writes(self, model: str, version: int) -> bool:
+        """Whether a job that hasn't ended is to write a version."""
+        states = (JobState.QUEUED, JobState.RUNNING)
+        jobs = await asyncio.to_thread(self._store.jobs, model=model, states=states)
+        return any(job.version == version for job in jobs)
+
     def watch(self, job_id: str, after_sequence: int = 0) -> AsyncIterator[JobEvent]:
         """The job's events in order, from after `after_sequence`, as they come, until the one with its final state.
 

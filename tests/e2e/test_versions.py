@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -46,10 +47,10 @@ class Served:
     def make(self, model: str, wait_for: Wait, versions: int = 3) -> None:
         for version in range(1, versions + 1):
             self.drop(model, version)
-            wait_for(lambda version=version: self._newest(model) == version)
+            wait_for(partial(self._serves, model, version))
 
-    def _newest(self, model: str) -> int:
-        return next((m.serving_version for m in self.client.list_models() if m.name == model), 0)
+    def _serves(self, model: str, version: int) -> bool:
+        return any((m.name, m.serving_version) == (model, version) for m in self.client.list_models())
 
     def changes(self, model: str) -> list[tuple[int, int, int, str]]:
         return [(c.kind, c.previous_version, c.version, c.subject) for c in self.client.list_history(model=model)]

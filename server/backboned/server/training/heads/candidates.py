@@ -33,7 +33,7 @@ class Grid:
     @classmethod
     def of(cls, options: TrainingOptions, *, probe: bool, most: int) -> "Grid":
         """What `options` leave open is tried, `most` candidates of AdamW at most; an L-BFGS `probe` where it fits."""
-        rates = RATES if probe else RATES_OF_DEEPER_HEADS
+        rates: tuple[float, ...] = RATES if probe else RATES_OF_DEEPER_HEADS
         if options.learning_rate is not None:
             rates = (options.learning_rate,)
         decays = DECAYS if options.weight_decay is None else (options.weight_decay,)

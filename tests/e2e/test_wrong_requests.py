@@ -157,16 +157,27 @@ def test_an_unknown_alias_cannot_be_deleted(refusal: Refusal) -> None:
     assert error.code is StatusCode.NOT_FOUND and "did you mean 'stable'?" in error.message
 
 
-@pytest.mark.parametrize(
-    ("rpc", "instead"),
-    [
-        ("ReportOutcome", "send `labels` with Predict"),
-        ("DeleteModelVersion", "remove the version's folder"),
-    ],
-)
-def test_what_is_not_there_yet_says_what_to_do_instead(refusal: Refusal, rpc: str, instead: str) -> None:
-    error = refusal(rpc, getattr(pb, f"{rpc}Request")())
-    assert error.code is StatusCode.UNIMPLEMENTED and instead in error.message
+def test_what_is_not_there_yet_says_what_to_do_instead(refusal: Refusal) -> None:
+    error = refusal("ReportOutcome", pb.ReportOutcomeRequest())
+    assert error.code is StatusCode.UNIMPLEMENTED and "send `labels` with Predict" in error.message
+
+
+@pytest.mark.parametrize("rpc", ["SetVersionPolicy", "RollBack", "SetTraffic", "DeleteModelVersion"])
+def test_a_model_that_is_not_there_cannot_be_changed(refusal: Refusal, rpc: str) -> None:
+    asked = {"policy": pb.VERSION_POLICY_BEST} if rpc == "SetVersionPolicy" else {}
+    error = refusal(rpc, getattr(pb, f"{rpc}Request")(model="flower", **asked))
+    assert (error.code, error.field) == (StatusCode.NOT_FOUND, "model") and "did you mean 'flowers'" in error.message
+
+
+def test_a_policy_must_be_named(refusal: Refusal) -> None:
+    error = refusal("SetVersionPolicy", pb.SetVersionPolicyRequest(model="flowers"))
+    assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "policy")
+    assert "VERSION_POLICY_LATEST" in error.message
+
+
+def test_a_reason_has_a_length(refusal: Refusal) -> None:
+    error = refusal("RollBack", pb.RollBackRequest(model="flowers", reason="r" * 1001))
+    assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "reason")
 
 
 def test_what_was_not_uploaded_is_not_found(refusal: Refusal) -> None:

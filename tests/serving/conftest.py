@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import Engine
 from torch import nn
 
 from backboned.plugins.digits import digits as make_digits_backbone
@@ -14,6 +16,7 @@ from backboned.registry.task import Task
 from backboned.registry.weights import StageWeights
 from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
+from backboned.server.database import open_database
 from backboned.server.serving.snapshot import LoadedModel
 
 
@@ -71,6 +74,14 @@ class Telemetry:
 @pytest.fixture
 def telemetry() -> Telemetry:
     return Telemetry()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Engine]:
+    """An empty database."""
+    engine = open_database(tmp_path / "state.sqlite")
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,13 @@
 """Aliases outlive the process, change by compare-and-set, and are read from memory."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
 from backboned.registry import BackbonedError, ErrorKind
-from backboned.server.database import open_database
 from backboned.server.serving.aliases import Aliases
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(tmp_path / "state.sqlite")
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

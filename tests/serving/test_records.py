@@ -1,24 +1,14 @@
 """Decisions and the journal outlive the process."""
 
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
-from backboned.server.database import open_database
 from backboned.server.serving.decisions import share
 from backboned.server.serving.history import Change, Entry
 from backboned.server.serving.policy import Policy, VersionPolicy
 from backboned.server.serving.records import Records
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(tmp_path / "state.sqlite")
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

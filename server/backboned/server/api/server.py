@@ -10,6 +10,7 @@ from backboned.server.api.errors import ErrorInterceptor
 from backboned.server.api.frontends import Frontends, unix_address
 from backboned.server.api.health import Health
 from backboned.server.api.service import ModelService
+from backboned.server.handlers import handlers_ended
 from backboned.server.listening import listen
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1 import model_service_pb2_grpc as pb_grpc
@@ -67,6 +68,7 @@ class GrpcServer:
         if self._frontends is not None:
             await self._frontends.stop(drain_seconds)  # before what they stand on
         await self._server.stop(drain_seconds)
+        await handlers_ended()
         if self._frontends is not None:
             self._frontends.remove_socket()
 

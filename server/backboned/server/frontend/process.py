@@ -21,6 +21,7 @@ from backboned.server.frontend.predict import Predict
 from backboned.server.frontend.proxy import PREDICT, Proxy
 from backboned.server.frontend.settings import FrontendSettings
 from backboned.server.frontend.slots import Slots
+from backboned.server.handlers import handlers_ended
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Frontend:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new calls, finish those in flight within `drain_seconds`, then cancel the rest."""
         await self._server.stop(drain_seconds)
+        await handlers_ended()
         self._predict.close()
         await self._channel.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -66,6 +67,23 @@ async def test_a_fork_outlives_the_process_that_it_is_of_and_the_next_one_is_of_
     assert process.runs and parent_of(other.pid) != parent
     assert (await kill(process)).startswith("the trainer process ended with code 255")
     await kill(other)
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_a_fork_that_is_killed_before_it_gets_its_job_is_one_that_was_killed(
+    standby: Standby, tmp_path: Path, make_spec: Callable[..., TrainerSpec], noticed: bool
+) -> None:
+    process = await standby.take()
+    os.kill(process.pid, signal.SIGKILL)
+    if noticed:
+        await process.ended()
+    else:
+        while Path(f"/proc/{process.pid}").exists():
+            time.sleep(0.01)  # the event loop doesn't learn of it
+    process.begin(make_spec(tmp_path))
+    assert [event async for event in process.events()] == []
+    await process.ended()
+    assert process.was_killed
 
 
 async def test_a_fork_ends_with_its_standard_input(standby: Standby) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from backboned.server.training.events import JobEventPayload, from_json
 from backboned.server.training.fork_client import ForkedProcess
@@ -54,9 +55,11 @@ class TrainerProcess:
         return cls(process)
 
     def begin(self, spec: TrainerSpec) -> None:
-        """Let it run a job. Once only."""
+        """Let it run a job. Once only; where it has been killed meanwhile, `events` and `ended` tell."""
         assert self._process.stdin is not None
-        self._process.stdin.write(spec.to_json().encode() + b"\n")
+        if self.runs:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(spec.to_json().encode() + b"\n")
 
     @property
     def runs(self) -> bool:

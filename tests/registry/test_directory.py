@@ -1,5 +1,6 @@
 """A look at the checkpoint directory finds what could be served, whatever else lies in it."""
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -177,3 +178,66 @@ def test_a_name_that_is_no_models_is_not_reserved(directory: CheckpointDirectory
     with pytest.raises(BackbonedError, match="model name"):
         directory.reserve(name)
     assert sorted(p.name for p in directory.root.parent.iterdir()) == ["checkpoints"]
+
+
+def write_adopted(folder: Path, source: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"adopted_from": source, "adopted_key": "7@1"}))
+    (folder / "epoch-0001.pt").write_bytes(b"weights")
+    (folder / "more").mkdir()
+
+
+def test_a_removed_version_is_gone_and_its_number_is_not_given_again(
+    directory: CheckpointDirectory, flowers: Path
+) -> None:
+    for version in (1, 2, 3):
+        write_adopted(flowers / str(version), "")
+    directory.remove("flowers", 3)
+    directory.remove("flowers", 1)
+    seen = directory.scan()
+    assert found(seen)[0] == [("flowers", 2)] and seen.deleted == {("flowers", 3)}
+    assert sorted(p.name for p in flowers.iterdir()) == ["2", "3"]
+    assert [p.name for p in (flowers / "3").iterdir()] == ["deleted.json"]
+    assert directory.reserve("flowers") == 4
+
+
+def test_of_a_removed_version_the_dropped_file_is_remembered_as_long_as_it_is_there(
+    directory: CheckpointDirectory, flowers: Path
+) -> None:
+    (flowers / "kept.pt").write_bytes(b"weights")
+    write_adopted(flowers / "1", "kept.pt")
+    write_adopted(flowers / "2", "gone.pt")
+    write_version(flowers / "3")
+    for version in (1, 2):
+        directory.remove("flowers", version)
+    assert directory.scan().deleted == {("flowers", 1)}
+    assert directory.tombstone("flowers", 1) == ("kept.pt", "7@1")
+    assert not (flowers / "2").exists() and (flowers / "kept.pt").exists()
+
+
+def test_a_removal_that_was_broken_off_can_be_repeated(directory: CheckpointDirectory, flowers: Path) -> None:
+    write_adopted(flowers / "1", "")
+    (flowers / "1" / "manifest.json").rename(flowers / "1" / "deleted.json")  # killed here
+    assert found(directory.scan())[0] == []
+    directory.remove("flowers", 1)
+    assert [p.name for p in (flowers / "1").iterdir()] == ["deleted.json"]
+
+
+def test_what_a_link_leads_to_is_not_removed(directory: CheckpointDirectory, flowers: Path) -> None:
+    write_adopted(flowers / "1", "")
+    (flowers / "2").symlink_to(flowers / "1")
+    write_version(flowers / "3")
+    (flowers / "3" / "epoch-0001.pt").symlink_to(flowers / "1" / "epoch-0001.pt")
+    (flowers / "3" / "more").symlink_to(flowers / "1" / "more")
+    directory.remove("flowers", 2)
+    directory.remove("flowers", 3)
+    assert found(directory.scan())[0] == [("flowers", 1)]
+    assert (flowers / "1" / "epoch-0001.pt").read_bytes() == b"weights" and (flowers / "1" / "more").is_dir()
+    assert directory.reserve("flowers") == 4
+
+
+def test_a_tombstone_that_says_nothing_is_of_no_file(directory: CheckpointDirectory, flowers: Path) -> None:
+    (flowers / "1").mkdir()
+    for content in ("", "[]", "{}", '{"adopted_from": "../../etc/passwd", "adopted_key": 1}'):
+        (flowers / "1" / "deleted.json").write_text(content)
+        assert directory.tombstone("flowers", 1) in {("", ""), ("passwd", "1")}

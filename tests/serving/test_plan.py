@@ -22,6 +22,7 @@ from backboned.server.serving.plan import (
     VersionKey,
     plan,
 )
+from backboned.server.serving.policy import Policy, VersionPolicy
 
 SETTLE_SECONDS = 5.0
 
@@ -141,3 +142,24 @@ def test_what_serves_is_never_lost_and_what_is_refused_never_loaded(
         assert kept, "some version of what served and is on disk serves on"
     if serving := in_memory & present & complete:
         assert kept & complete, f"one of {serving} answered by default, and none does now"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Policy(), [5, 4]),
+        (Policy(VersionPolicy.PINNED, 1), [1, 5, 4]),
+        (Policy(VersionPolicy.MANUAL, 4), [4, 5]),
+        (Policy(rejected={5: "worse"}), [4, 5]),
+    ],
+)
+def test_what_is_to_serve_is_loaded_first(policy: Policy, expected: list[int]) -> None:
+    """Nothing else then answers in its place after a start, and nobody notes that it did."""
+    assert loads(planned(Known(manifests(1, 2, 3, 4, 5), policies={"m": policy}))) == expected
+
+
+def test_until_what_is_to_serve_is_loaded_the_next_one_in_line_stays() -> None:
+    known = Known(manifests(1, 2, 3, 4, 5), loaded(2, 3), policies={"m": Policy(VersionPolicy.MANUAL, 4)})
+    result = planned(known)
+    assert loads(result) == [4, 5]
+    assert [a.key for a in result.actions if isinstance(a, Retire)] == [("m", 2)]

@@ -24,6 +24,11 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def wait_until_gone(pid: int) -> None:
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+
+
 async def kill(process: TrainerProcess) -> str:
     process.kill()
     return await process.ended()
@@ -78,8 +83,7 @@ async def test_a_fork_that_is_killed_before_it_gets_its_job_is_one_that_was_kill
     if noticed:
         await process.ended()
     else:
-        while Path(f"/proc/{process.pid}").exists():
-            time.sleep(0.01)  # the event loop doesn't learn of it
+        wait_until_gone(process.pid)  # the event loop doesn't learn of it
     process.begin(make_spec(tmp_path))
     assert [event async for event in process.events()] == []
     await process.ended()

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backboned.registry.atomic import sync_path, write_atomically
+from backboned.registry.atomic import sync_path
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, check_name
 from backboned.registry.payload import SUFFIXES
@@ -104,28 +104,33 @@ class CheckpointDirectory:
         return sorted(v for v in map(_version, names) if v is not None)
 
     def remove(self, model: str, version: int) -> None:
-        """Delete a version, its manifest first: then it is gone, whatever happens next. Its number isn't given again.
+        """Delete a version. Its manifest becomes a tombstone first: then it is gone, and its number isn't given again.
 
         A dropped file that it was adopted from stays, and isn't adopted anew. Raises `OSError` if it can't be deleted.
         """
         folder = self.version(model, version)
-        source, key = _source(folder / MANIFEST_NAME)
-        adopted = bool(source) and (folder.parent / source).exists()
-        if adopted or version == max(self.versions(model)):
-            content = json.dumps({"adopted_from": source, "adopted_key": key}).encode()
-            write_atomically(folder / TOMBSTONE_NAME, lambda file: file.write(content))
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        sync_path(folder)
-        if not (folder / TOMBSTONE_NAME).exists():
-            shutil.rmtree(folder)
-            return
+        if folder.is_symlink():  # what it leads to is another version's
+            folder.unlink()
+            folder.mkdir()
+        manifest, tombstone = folder / MANIFEST_NAME, folder / TOMBSTONE_NAME
+        if manifest.exists():
+            manifest.replace(tombstone)  # at one stroke, and on a disk that is full
+            sync_path(folder)
         for path in folder.iterdir():
-            if path.name != TOMBSTONE_NAME:
-                path.unlink() if not path.is_dir() else shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != tombstone:
+                path.unlink()
+        source, _ = self.tombstone(model, version)
+        if version != max(self.versions(model)) and not (source and (folder.parent / source).exists()):
+            shutil.rmtree(folder)
 
     def tombstone(self, model: str, version: int) -> tuple[str, str]:
         """Of a deleted version, the name and key of the dropped file that it was adopted from; empty if of none."""
-        return _source(self.version(model, version) / TOMBSTONE_NAME)
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            values = json.loads((self.version(model, version) / TOMBSTONE_NAME).read_text(encoding="utf-8"))
+            return Path(str(values["adopted_from"])).name, str(values["adopted_key"])
+        return "", ""
 
     def scan(self) -> Seen:
         """Look at everything that could be served, at names and signatures only. Raises `OSError` if there's no root.
@@ -167,14 +172,6 @@ class CheckpointDirectory:
             seen.refused[path] = "it is a link to nothing"
         else:
             seen.refused[path] = "it is not a file"
-
-
-def _source(description: Path) -> tuple[str, str]:
-    """What a manifest or a tombstone says of the dropped file that its version was adopted from."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        values = json.loads(description.read_text(encoding="utf-8"))
-        return Path(str(values["adopted_from"])).name, str(values["adopted_key"])
-    return "", ""
 
 
 def _refusal(path: Path, real_root: str) -> str | None:

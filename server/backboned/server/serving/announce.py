@@ -44,9 +44,8 @@ class Announcer:
             if model.serving not in (0, previous):  # none of a model that is there: it is being loaded
                 reason = why(model.policy, previous, model.serving)
                 entries.append(Entry(name, Change.SERVING, model.serving, previous, reason=reason))
-        if now.looked:
-            gone = self._noted.keys() - now.models.keys()
-            entries += [Entry(name, Change.SERVING, 0, self._noted[name], reason="the model is gone") for name in gone]
+        gone = self._noted.keys() - now.models.keys()
+        entries += [Entry(name, Change.SERVING, 0, self._noted[name], reason="the model is gone") for name in gone]
         if not entries:
             return
         try:

@@ -97,7 +97,7 @@ class Library:
             name: KnownModel(name, MappingProxyType(versions), self.policies.get(name, Policy()))
             for name, versions in sorted(models.items())
         }
-        return Snapshot(MappingProxyType(served), tuple(refused), looked=True)
+        return Snapshot(MappingProxyType(served), tuple(refused))
 
     def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
         self.signatures[key] = signature

@@ -92,14 +92,14 @@ def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions
 
     And the version that its policy chooses, with the one that answers until that is loaded.
 
-    Newest versions come first, dropped files last. What is quarantined isn't loaded; what serves of it, an earlier
-    epoch or an older version, serves on.
+    Versions that are to serve come first, then the newest, dropped files last. What is quarantined isn't loaded; what
+    serves of it, an earlier epoch or an older version, serves on.
     """
-    desired = _desired(known, max_loaded_versions)
+    desired, first = _desired(known, max_loaded_versions)
     retire = [Retire(key) for key in known.loaded if key not in desired]
     load = [
         Load(known.manifests[key])
-        for key in sorted(desired - known.quarantined, key=lambda k: (-k[1], k[0]))
+        for key in sorted(desired - known.quarantined, key=lambda k: (k not in first, -k[1], k[0]))
         if known.loaded.get(key) != known.manifests[key].best.sha256
     ]
     adopt, waits = [], []
@@ -115,17 +115,18 @@ def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions
     return Plan((*load, *adopt, *retire), min(waits, default=None))
 
 
-def _desired(known: Known, max_loaded_versions: int) -> set[VersionKey]:
+def _desired(known: Known, max_loaded_versions: int) -> tuple[set[VersionKey], set[VersionKey]]:
+    """What should be loaded, and what of it is to answer by default."""
     by_model: dict[str, dict[int, Manifest]] = {}
     usable = {key for key in known.manifests if key not in known.quarantined or key in known.loaded}
     for model, version in usable:
         by_model.setdefault(model, {})[version] = known.manifests[model, version]
-    desired = set(known.wanted & usable)
+    desired, first = set(known.wanted & usable), set[VersionKey]()
     for model, versions in by_model.items():
         desired.update((model, v) for v in sorted(versions, reverse=True)[:max_loaded_versions])
         chosen = [(model, v) for v in candidates(versions, known.policies.get(model, Policy()))]
         # A version in training must not push out the one that serves…
-        desired.update(chosen[:1])
+        first.update(chosen[:1])
         # …nor one that isn't loaded yet, and may never be.
         desired.update([key for key in chosen if key in known.loaded][:1])
-    return desired
+    return desired | first, first

@@ -100,8 +100,7 @@ class KnownModel:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that is known at one moment; `looked` says that the directory has been looked at since the start."""
+    """Everything that is known at one moment."""
 
     models: Mapping[str, KnownModel] = field(default_factory=lambda: MappingProxyType({}))
     refused: tuple[RefusedFile, ...] = ()
-    looked: bool = False

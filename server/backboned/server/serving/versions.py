@@ -1,6 +1,7 @@
 """What is changed about models: which version serves, aliases, traffic, what is kept. Each is in the journal."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -12,6 +13,8 @@ from backboned.server.serving.loader import Loader, not_loaded
 from backboned.server.serving.policy import VersionPolicy, candidates
 from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, Snapshot, State
+
+log = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1_000_000
 
@@ -68,7 +71,7 @@ class Versions:
                 if version is not None:
                     raise invalid(f"policy {kind.value} chooses the version itself: leave it out", field="version")
             else:
-                version = version or model.serving or None
+                version = (model.serving or None) if version is None else version
                 if version is None:
                     raise invalid(f"{name} serves no version yet: name one", field="version")
                 await self._load(name, version)
@@ -149,8 +152,15 @@ class Versions:
                     f"version {version} of {name} {use or 'is being trained'}: it is kept",
                     field="version",
                 )
+            try:
+                await asyncio.to_thread(self._directory.remove, name, version)
+            except OSError as error:
+                raise BackbonedError(
+                    ErrorKind.FAILED_PRECONDITION,
+                    f"version {version} of {name} can't be deleted: {error.strerror or error}",
+                    field="version",
+                ) from error
             await self._note(Entry(name, Change.DELETED, 0, version, actor=actor, reason=reason))
-            await asyncio.to_thread(self._directory.remove, name, version)
             await self._look()
 
     async def sweep(self, keep: int, max_age_seconds: float) -> None:
@@ -164,7 +174,10 @@ class Versions:
             for version in expired(model, keep=keep, max_age_seconds=max_age_seconds, now=time.time()):
                 in_use = version in spared or self._use_of(model, version)
                 if not in_use and not await self._in_training(model.name, version):
-                    await self.delete(model.name, version, "", "it is older than what is to be kept")
+                    try:
+                        await self.delete(model.name, version, "", "it is older than what is to be kept")
+                    except BackbonedError as error:  # a folder that may only be read, say: others may do
+                        log.warning("%s", error.message)
 
     def _use_of(self, model: KnownModel, version: int) -> str:
         """What keeps a version from being deleted; empty if nothing does."""

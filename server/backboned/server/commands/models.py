@@ -149,7 +149,8 @@ def _tell(model: pb.Model, *, json: bool) -> None:
     how = label(pb.VersionPolicy.Name(model.policy), "VERSION_POLICY_")
     divided = ", ".join(f"{alias} {weight}" for alias, weight in sorted(model.traffic.items()))
     shares = f"; divided between {divided}" if divided else ""
-    console().print(f"{model.name}: version {model.serving_version or 'none'} serves, by policy {how}{shares}")
+    which = f"version {model.serving_version}" if model.serving_version else "no version"
+    console().print(f"{model.name}: {which} serves, by policy {how}{shares}")
 
 
 def _told(change: pb.Change) -> str:  # noqa: PLR0911 - one for each kind
@@ -190,8 +191,7 @@ def _show_versions(model: pb.Model) -> None:
     sharing: dict[str, list[str]] = {}
     for version in model.versions:
         checkpoint = version.checkpoint
-        state = "serving" if version.version == model.serving_version else "loaded" if version.loaded else "on disk"
-        state = f"{state}, rejected" if version.rejected else state
+        state = _state(model, version)
         rows.append(
             [
                 str(version.version),
@@ -209,8 +209,22 @@ def _show_versions(model: pb.Model) -> None:
             sharing.setdefault(shared, []).append(str(version.version))
     columns = [">version", "state", "backbone", "task", ">classes", ">accuracy", "created", "aliases"]
     print_table(columns, rows, empty="no version")
+    for version in model.versions:
+        if version.checkpoint.reason:
+            notice(f"version {version.version} is quarantined: {version.checkpoint.reason}")
     for shared, versions in sharing.items():
         notice(f"version {', '.join(versions)}: shares {shared}")
+
+
+def _state(model: pb.Model, version: pb.ModelVersion) -> str:
+    quarantined = version.checkpoint.state == pb.CHECKPOINT_STATE_QUARANTINED
+    if version.version == model.serving_version:
+        state = "serving"
+    elif version.loaded:
+        state = "loaded"
+    else:
+        state = "quarantined" if quarantined else "on disk"
+    return f"{state}, rejected" if version.rejected else state
 
 
 def _accuracy(checkpoint: pb.Checkpoint) -> str:

@@ -34,6 +34,7 @@ class Plan:
     views: int
     compiles: bool
     ways: frozenset[str]
+    loops: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def speed(course: Course, backbone: str) -> None:
             steps: dict[str, Callable[[], dict[str, Any]]] = {
                 kind: partial(_rival, course, kind, backbone, dataset, limit=limit, judge=judge if whole else None)
                 for kind in LOOPS
+                if kind in plan.loops
             }
             steps["ours"] = partial(_ours, course, client, backbone, dataset, judge)
             single = album.take(photos / f"{number}-single", counts, seed=_SEED_OF_ONE_VIEW + number)
@@ -104,8 +105,8 @@ def _tell(course: Course, backbone: str, found: _Found, new: dict[str, Any]) -> 
     plan, add, ours = course.plan, course.bench.found.add, found["ours"]
     weights = "" if backbone in plan.weights else ", random weights"
     group = f"{backbone}, {plan.train_images} photos, {plan.epochs} epochs{weights}"
-    for kind, times in LOOPS.items():
-        wanted = times if backbone == HEAVY else ""
+    for kind in plan.loops:
+        wanted = LOOPS[kind] if backbone == HEAVY else ""
         rounds = found[kind]
         ratio = median_ratio(rounds, ours, "seconds")
         add(group, f"{kind} loop", median(rounds, "seconds"), "s", ratio=ratio, wanted=wanted, note=_extent(rounds))
@@ -126,25 +127,31 @@ def _tell(course: Course, backbone: str, found: _Found, new: dict[str, Any]) -> 
 
 
 def _tell_accuracy(course: Course, group: str, found: _Found) -> None:
-    """Accuracies of those that were run whole, and how long each took to the one that all of them reached."""
+    """Accuracies, differences to those loops that ran whole on the same photos, and the time to what all reached."""
     add = course.bench.found.add
     whole = {name: [r for r in rounds if r["epochs"] and r.get("whole", True)] for name, rounds in found.items()}
     whole = {name: rounds for name, rounds in whole.items() if rounds}
     best = {name: statistics.median(_best(r) for r in rounds) for name, rounds in whole.items()}
     for name, rounds in whole.items():
-        judged = [r["judged"] for r in rounds if r.get("judged") is not None]
-        value = statistics.median(judged) if judged else best[name]
-        best_of_own = f"best of its {course.plan.validation_images} validation photos {100 * best[name]:.1f} %"
-        add(group, f"{name}, accuracy", 100 * value, "%", note=best_of_own if judged else "")
-        if name == "tutorial":
-            reference = value
-        elif name.startswith("ours") and "tutorial" in whole:
-            add(group, f"{name} − tutorial", 100 * (value - reference), "points", wanted="≥ −0.5")
+        values = [_judged(r) for r in rounds]
+        note = f"best of its {course.plan.validation_images} validation photos {100 * best[name]:.1f} %"
+        spread = f"{len(values)} rounds, {100 * min(values):.1f} to {100 * max(values):.1f} %; " if values[1:] else ""
+        add(group, f"{name}, accuracy", 100 * statistics.median(values), "%", note=spread + note)
+    for loop in (name for name in whole if name in LOOPS):
+        pairs = [(a, b) for a, b in zip(found["ours"], found[loop], strict=True) if b["whole"]]
+        gains = [100 * (_judged(a) - _judged(b)) for a, b in pairs]
+        note = f"of {len(gains)} rounds on the same photos; mean {statistics.mean(gains):+.1f}"
+        add(group, f"ours − {loop}", statistics.median(gains), "points", wanted="≥ −0.5", note=note)
     target = min(best.values()) - _POINTS
     reached = {name: statistics.median(_seconds_to(r, target) for r in rounds) for name, rounds in whole.items()}
     for name, seconds in reached.items():
         note = "the whole job" if name.startswith("ours") else ""
         add(group, f"{name}, to {100 * target:.1f} %", seconds, "s", ratio=seconds / reached["ours"], note=note)
+
+
+def _judged(told: dict[str, Any]) -> float:
+    """The accuracy on all of `val/`; that on its own validation photos, where it wasn't judged."""
+    return _best(told) if told.get("judged") is None else float(told["judged"])
 
 
 def _best(told: dict[str, Any]) -> float:

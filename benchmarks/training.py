@@ -32,7 +32,7 @@ from benchmarks._curves import plot
 from benchmarks._interference import interference
 from benchmarks._plan import Course, Plan
 from benchmarks._report import table
-from benchmarks._speed import speed
+from benchmarks._speed import LOOPS, speed
 
 PARTS = ("speed", "accuracy", "interference")
 LAST_STAGES = {"mobilenet_v2": ("layer6", "layer7", "conv"), "squeezenet1_1": ("layer3",)}
@@ -91,6 +91,7 @@ def _settings() -> tuple[Settings, Plan]:
     parser.add_argument("--epochs", type=int, default=10, help="of each run")
     parser.add_argument("--images", type=int, default=400, help="photos that train, of `speed`")
     parser.add_argument("--validation-images", type=int, default=100, help="photos that validate, of `speed`")
+    parser.add_argument("--loops", default=",".join(LOOPS), help=f"of `speed`, some of {','.join(LOOPS)}")
     parser.add_argument("--full", action="store_true", help="run every loop for all epochs in every round")
     parser.add_argument("--loop-seconds", type=float, default=20.0, help="of a loop that isn't run whole")
     parser.add_argument(
@@ -116,6 +117,9 @@ def _settings() -> tuple[Settings, Plan]:
     ways = frozenset(given.ways.split(","))
     if unknown := ways - set(WAYS):
         parser.error(f"unknown ways {sorted(unknown)}: choose from {', '.join(WAYS)}")
+    loops = tuple(given.loops.split(","))
+    if unknown := frozenset(loops) - set(LOOPS):
+        parser.error(f"unknown loops {sorted(unknown)}: choose from {', '.join(LOOPS)}")
     quick: bool = given.quick
     settings = Settings(
         backbones=tuple(given.backbones.split(",")),
@@ -144,6 +148,7 @@ def _settings() -> tuple[Settings, Plan]:
         compiles=given.compile,
         views=64 if quick else given.views,
         ways=ways,
+        loops=loops,
     )
     return settings, plan
 

@@ -112,3 +112,14 @@ def test_the_entry_point_hands_on_the_exit_code() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "\x1b" not in done.stderr
+
+
+def test_a_daemon_begins_without_torchs_compiler_and_has_it_when_it_is_needed() -> None:
+    script = (
+        "import sys; from backboned.server.process import import_torchvision; import_torchvision();"
+        "import backboned.server.daemon; print([m for m in sys.modules if m.startswith('torch._dynamo')]);"
+        "from torchvision.ops.roi_align import is_compile_supported as supported; print(supported('cpu'));"
+        "import torch._dynamo; print(supported('cpu') is torch._dynamo.utils.is_compile_supported('cpu'))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["[]", "True", "True"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from sqlalchemy import Engine
 
 from backboned.registry import BackbonedError, Catalogue, ErrorKind
@@ -25,7 +26,10 @@ from backboned.server.training.events import (
 from backboned.server.training.jobs import Job, JobEvent, JobRequest, JobStore
 from backboned.server.training.options import TrainingOptions
 from backboned.server.training.settings import TrainingSettings
+from backboned.server.training.standby import Standby
 from backboned.server.training.supervisor import JobSupervisor
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ENDLESS: dict[str, Any] = {"max_epochs": 10_000, "patience": 0, "views": 1}
 QUICK: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.01}
@@ -59,8 +63,11 @@ class Telemetry:
 class Daemon:
     """What surrounds a supervisor; several may follow each other on the same folders."""
 
-    def __init__(self, tmp_path: Path, engine: Engine, catalogue: Catalogue, weights_file: Path) -> None:
+    def __init__(
+        self, tmp_path: Path, engine: Engine, catalogue: Catalogue, weights_file: Path, standby: Standby
+    ) -> None:
         self.root = tmp_path
+        self.standby = standby
         self.work = tmp_path / "work"
         self.directory = CheckpointDirectory(tmp_path / "checkpoints")
         self.served: list[tuple[str, int, JobState]] = []
@@ -78,7 +85,6 @@ class Daemon:
             weights=WeightStore(self._catalogue, self._files),
             settings=TrainingSettings(
                 **{
-                    "standby": False,
                     "work_dir": self.work,
                     "cache_dir": self.root / "features",
                     "data_roots": (self.root / "data",),
@@ -88,6 +94,7 @@ class Daemon:
                 },
             ),
             telemetry=self.telemetry,
+            standby=self.standby,
             before_success=self._serve,
         )
         await supervisor.start()
@@ -101,6 +108,14 @@ class Daemon:
         self.served.append((model, version, job.state))
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def standby() -> AsyncIterator[Standby]:
+    """Torch is imported once for the trainers of all tests."""
+    standby = Standby(())
+    yield standby
+    standby.close()
+
+
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     engine = open_database(tmp_path / "state.sqlite")
@@ -110,10 +125,11 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def daemon(
-    tmp_path: Path, engine: Engine, catalogue: Catalogue, weights_file: Path, paint: Callable[..., Path]
+    request: pytest.FixtureRequest, tmp_path: Path, engine: Engine, standby: Standby, paint: Callable[..., Path]
 ) -> Daemon:
     paint(tmp_path / "data" / "colours", {"red": 6, "blue": 6})
-    return Daemon(tmp_path, engine, catalogue, weights_file)
+    catalogue, weights_file = request.getfixturevalue("catalogue"), request.getfixturevalue("weights_file")
+    return Daemon(tmp_path, engine, catalogue, weights_file, standby)
 
 
 async def submit(supervisor: JobSupervisor, model: str = "colours", **options: Any) -> Job:
@@ -185,15 +201,16 @@ async def test_a_killed_trainer_is_followed_by_another_one_that_goes_on(daemon: 
 
 
 @pytest.fixture
-def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings with which every trainer dies as soon as it has begun."""
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Standby:
+    """Every trainer dies as soon as it has begun."""
     (tmp_path / "dies_at_once.py").write_text("import os\nos.write(2, b'no such library\\n')\nos._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    return {"plugin_modules": ("dies_at_once",)}
+    return Standby(("dies_at_once",), enabled=False)
 
 
-async def test_trainers_that_die_at_once_are_given_up(daemon: Daemon, dying: dict[str, Any]) -> None:
-    async with daemon.run(**dying) as supervisor:
+async def test_trainers_that_die_at_once_are_given_up(daemon: Daemon, dying: Standby) -> None:
+    daemon.standby = dying
+    async with daemon.run() as supervisor:
         job = await submit(supervisor)
         await watch_all(supervisor, job)
         failed = await supervisor.get(job.id)
@@ -204,8 +221,9 @@ async def test_trainers_that_die_at_once_are_given_up(daemon: Daemon, dying: dic
     assert not daemon.directory.version("colours", 1).exists()
 
 
-async def test_a_job_is_cancelled_between_two_trainers(daemon: Daemon, dying: dict[str, Any]) -> None:
-    async with daemon.run(**dying) as supervisor:
+async def test_a_job_is_cancelled_between_two_trainers(daemon: Daemon, dying: Standby) -> None:
+    daemon.standby = dying
+    async with daemon.run() as supervisor:
         job = await submit(supervisor)
         await watch_until(supervisor, job, LogLine, count=2)
         assert (await supervisor.cancel(job.id)).state is JobState.CANCELLED
@@ -326,7 +344,11 @@ async def test_too_many_waiting_jobs_are_refused(daemon: Daemon) -> None:
 
 
 def _trainer_pid() -> int:
-    """The only child of this process that runs the trainer."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
-    (pid,) = [pid for pid in map(int, children) if b"training.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """The only child of the only child of this process that forks trainers."""
+    (server,) = [pid for pid in _children(os.getpid()) if b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (pid,) = _children(server)
     return pid
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]

@@ -17,6 +17,7 @@ from backboned.server.training.events import JobState
 from backboned.server.training.jobs import Job, JobStore
 from backboned.server.training.options import TrainingOptions
 from backboned.server.training.settings import TrainingSettings
+from backboned.server.training.standby import Standby
 from backboned.server.training.supervisor import JobSupervisor
 from backboned.server.training.upload_declaration import Declaration, Entry
 from backboned.server.training.upload_images import Writer
@@ -71,6 +72,7 @@ def supervisor(
             device="cpu",
         ),
         telemetry=Telemetry(),  # type: ignore[arg-type]
+        standby=Standby((), enabled=False),
         before_success=lambda *_: asyncio.sleep(0),
     )
     engine.dispose()

@@ -45,6 +45,7 @@ from backboned.server.serving.sweep import Sweeper
 from backboned.server.serving.versions import Versions
 from backboned.server.training.jobs import JobStore
 from backboned.server.training.settings import TrainingSettings
+from backboned.server.training.standby import Standby
 from backboned.server.training.supervisor import JobSupervisor
 from backboned.server.training.uploads import UploadStore
 
@@ -121,6 +122,7 @@ class Daemon:
         chooser = Chooser(self.loader, records)
         self.predictor = Predictor(chooser, self.engine, admission, self.metrics)
         self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
+        self._standby = Standby(config.plugin, enabled=config.trainer_standby == "auto")
         self.jobs = JobSupervisor(
             JobStore(database),
             directory=directory,
@@ -128,6 +130,7 @@ class Daemon:
             weights=weights,
             settings=_training_settings(config, self.uploads),
             telemetry=self.metrics,
+            standby=self._standby,
             before_success=self._see_version,
         )
         self.versions = Versions(self.loader, directory, records, self.jobs.writes)
@@ -186,6 +189,7 @@ class Daemon:
         drain = self._config.drain_seconds
         await self._sweeper.stop()
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
+        self._standby.close()
         self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
         await self.http.stop()
@@ -254,7 +258,6 @@ def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings
         work_dir=config.state_dir.absolute() / "work",
         cache_dir=config.state_dir.absolute() / "features",
         cache_bytes=config.cache_size,
-        standby=config.trainer_standby == "auto",
         compiled_dir=config.state_dir.absolute() / COMPILED_NAME if config.compile == "auto" else None,
         precision=config.precision,
         data_roots=tuple(root.absolute() for root in config.data_root),

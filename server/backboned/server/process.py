@@ -1,15 +1,20 @@
-"""Settings of this process that pay for a server of networks, made by the command before torch is imported.
+"""What pays for a server of networks in its process, done by the command before the daemon's modules are imported.
 
 glibc gives large blocks back to the kernel as soon as they are freed, and gets them back page by page: a network's
 activations are such blocks, batch after batch. The settings here keep them, in few arenas, on huge pages.
 """
 
 import ctypes
+import importlib
 import os
+import sys
+from types import ModuleType
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _KEPT_BYTES = 512 * 2**20
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
+_WANTED = "torch._dynamo.utils"
 
 
 def tune_process() -> None:
@@ -26,3 +31,34 @@ def tune_process() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_TOP_PAD, 16 * 2**20)
+
+
+def import_torchvision() -> None:
+    """Import torchvision without torch's compiler, of which its operators want one function: half of a daemon's start.
+
+    The compiler comes when that function is called, or anything else of its module is asked for.
+    """
+    if _WANTED not in sys.modules:
+        sys.modules[_WANTED] = _Later(_WANTED)
+        importlib.import_module("torchvision")
+        _Later.forget()
+
+
+class _Later(ModuleType):
+    """Stands for a module until that is needed."""
+
+    @staticmethod
+    def forget() -> None:
+        if isinstance(sys.modules.get(_WANTED), _Later):
+            del sys.modules[_WANTED]
+
+    @staticmethod
+    def is_compile_supported(device_type: Any) -> bool:
+        _Later.forget()
+        return bool(importlib.import_module(_WANTED).is_compile_supported(device_type))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.forget()
+        return getattr(importlib.import_module(_WANTED), name)

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from backboned.server.commands.options import ConfigFile
 from backboned.server.config import Config, load_config
-from backboned.server.process import tune_process
+from backboned.server.process import import_torchvision, tune_process
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -24,6 +24,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     loaded = load_config(given, config)
     tune_process()
+    import_torchvision()
     from backboned.server.daemon import run  # brings torch
 
     run(loaded.config)

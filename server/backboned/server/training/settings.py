@@ -12,11 +12,10 @@ from backboned.server.training.events import JobState
 class TrainingSettings:
     """Settings of all jobs. `work_dir` takes what a job needs to go on, a folder a job, deleted when it ends.
 
-    `threads` compute in a trainer; `standby` lets trainers be forked from a process that stays. Features are cached in
-    `cache_dir` while they take `cache_bytes` at most; beyond that they are computed in each epoch. `compiled_dir` has
-    compiled stages. `remote_data` are schemes, and beginnings of URIs, from which data may be fetched; `fetched_dir`
-    keeps that, and archives that had to be unpacked. A job may read the uploaded dataset that it is for, which is a
-    folder in `uploads`, and no other one.
+    `threads` compute in a trainer. Features are cached in `cache_dir` while they take `cache_bytes` at most; beyond
+    that they are computed in each epoch. `compiled_dir` has compiled stages. `remote_data` are schemes, and beginnings
+    of URIs, from which data may be fetched; `fetched_dir` keeps that, and archives that had to be unpacked. A job may
+    read the uploaded dataset that it is for, which is a folder in `uploads`, and no other one.
     """
 
     work_dir: Path
@@ -28,7 +27,6 @@ class TrainingSettings:
     device: str = "auto"
     precision: str = "auto"
     threads: int = 1
-    standby: bool = True
     max_queued_jobs: int = 100
     max_image_pixels: int = 100_000_000
     cache_bytes: int = 16 * 2**30

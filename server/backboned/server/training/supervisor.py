@@ -51,9 +51,13 @@ class JobSupervisor:
         weights: WeightStore,
         settings: TrainingSettings,
         telemetry: TrainingTelemetry,
+        standby: Standby,
         before_success: BeforeSuccess,
     ) -> None:
-        """`before_success(model, version)` is awaited, 10 seconds at most, before a job is said to have succeeded."""
+        """Trainers come from `standby`, which the caller closes once this has stopped.
+
+        `before_success(model, version)` is awaited, 10 seconds at most, before a job is said to have succeeded.
+        """
         self._store = store
         self._directory = directory
         self._settings = settings
@@ -63,7 +67,7 @@ class JobSupervisor:
         self._submission = Submission(directory, catalogue, weights, settings)
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._run: JobRun | None = None
-        self._standby = Standby(settings.plugin_modules, enabled=settings.standby)
+        self._standby = standby
         self._turn = asyncio.Lock()  # held while a queued job is added, starts or is cancelled
         self._stopping = False
         self._worker: asyncio.Task[None] | None = None
@@ -98,7 +102,6 @@ class JobSupervisor:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._worker
-        self._standby.close()
         await self._journal.close()
 
     async def submit(

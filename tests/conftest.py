@@ -48,7 +48,6 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
                 "--device=cpu",
                 "--precision=fp32",
                 "--compile=off",
-                "--trainer-standby=off",
                 "--grpc-port=0",
                 "--http-port=0",
             )

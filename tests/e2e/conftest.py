@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -175,7 +176,6 @@ def served(
         "--device=cpu",
         "--precision=fp32",
         "--compile=off",
-        "--trainer-standby=off",
         "--grpc-port=0",
         "--http-port=0",
     ]
@@ -298,3 +298,22 @@ def _view(
             transforms.Normalize(mean, std),
         ]
     )
+
+
+@pytest.fixture
+def trainer_of() -> Callable[[int], int | None]:
+    """Finds the trainer process below a daemon's process, or below its fork server."""
+
+    def children(pid: int, module: bytes) -> list[int]:
+        found = list[int]()
+        for told in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):  # it ends meanwhile
+                below = told.read_text().split()
+                found += [int(child) for child in below if module in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return found
+
+    def find(daemon: int) -> int | None:
+        forks = (fork for server in children(daemon, b"training.fork_server") for fork in children(server, b"training"))
+        return next((pid for pid in (*children(daemon, b"training.trainer"), *forks)), None)
+
+    return find

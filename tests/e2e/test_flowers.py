@@ -18,11 +18,11 @@ def test_flowers_are_told_apart_and_the_served_answers_agree(
     shared: Path, tmp_path: Path, start_daemon: Callable[..., LocalDaemon], connect: Callable[[LocalDaemon], Client]
 ) -> None:
     photos = tmp_path / "flowers"
-    for part, count in (("train", 80), ("val", 40)):
-        for kind in sorted((shared / "data" / "flower_photos" / part).iterdir()):
-            (photos / part / kind.name).mkdir(parents=True)
+    for split, count in (("train", 80), ("val", 40)):
+        for kind in sorted((shared / "data" / "flower_photos" / split).iterdir()):
+            (photos / split / kind.name).mkdir(parents=True)
             for photo in sorted(kind.glob("*.jpg"))[:count]:
-                shutil.copy(photo, photos / part / kind.name)
+                shutil.copy(photo, photos / split / kind.name)
     weights = shared / "weights" / "mobilenet_v2.pth"
     client = connect(start_daemon(f"--data-root={tmp_path}", f"--weights=mobilenet_v2={weights}"))
     job = client.wait(client.fine_tune("flowers", "mobilenet_v2", photos).id)

@@ -5,8 +5,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from backboned.client import Client
 from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
@@ -58,11 +56,12 @@ def test_a_running_and_a_waiting_job_are_cancelled(client: Client, train_long: T
 
 
 def test_a_trainer_that_is_killed_is_followed_by_another_one(
-    served: LocalDaemon, client: Client, train_long: TrainLong, photo: bytes, trainers: Callable[[int], list[int]]
+    served: LocalDaemon, client: Client, train_long: TrainLong, photo: bytes, trainer_of: Callable[[int], int | None]
 ) -> None:
     before = client.predict("flowers", photo).predictions[0].classes
     job = train_long(client, "killed")
-    (pid,) = trainers(served.pid)
+    pid = trainer_of(served.pid)
+    assert pid is not None
     os.kill(pid, signal.SIGKILL)
     watch = client.watch(job.id)
     told = next(e.log for e in watch if "SIGKILL" in e.log)
@@ -73,14 +72,3 @@ def test_a_trainer_that_is_killed_is_followed_by_another_one(
     epochs = [e.checkpoint.epoch for e in client.watch(job.id) if e.HasField("checkpoint")]
     assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) >= 2
     assert {c.epoch for c in client.list_checkpoints(model="killed")} == set(epochs)
-
-
-@pytest.fixture
-def trainers() -> Callable[[int], list[int]]:
-    """The trainer processes below a daemon's process."""
-
-    def find(daemon: int) -> list[int]:
-        children = " ".join(p.read_text() for p in Path(f"/proc/{daemon}/task").glob("*/children"))
-        return [int(c) for c in children.split() if b"training.trainer" in Path(f"/proc/{c}/cmdline").read_bytes()]
-
-    return find

@@ -7,7 +7,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,15 @@ JOBS = ALL_JOBS if KILLS >= 5 else {name: ALL_JOBS[name] for name in FEW}
 PATIENCE_SECONDS = 120.0 + 20.0 * KILLS
 
 Start = Callable[..., LocalDaemon]
+TrainerOf = Callable[[int], int | None]
 
 
 class Killer:
     """Kills the daemon or its trainer until it has done so often enough, and starts the daemon anew."""
 
-    def __init__(self, start: Callable[[], LocalDaemon], checkpoints: Path) -> None:
+    def __init__(self, start: Callable[[], LocalDaemon], checkpoints: Path, trainer_of: TrainerOf) -> None:
         self._start = start
+        self._trainer_of = trainer_of
         self._checkpoints = checkpoints
         self._random = random.Random(SEED)
         self.daemon = start()
@@ -66,7 +67,7 @@ class Killer:
                 if over():
                     return
             time.sleep(0.005)
-            trainer = trainer if trainer and lives(trainer) else trainer_of(self.daemon.pid)
+            trainer = trainer if trainer and lives(trainer) else self._trainer_of(self.daemon.pid)
         time.sleep(self._random.uniform(0, 3.0 if early else 0.4))
         if victim == "daemon":
             os.kill(self.daemon.pid, signal.SIGKILL)
@@ -81,22 +82,6 @@ class Killer:
 
     def _written(self) -> int:
         return sum(1 for _ in self._checkpoints.glob("*/*/epoch-*.pt"))
-
-
-def children_of(pid: int, module: bytes) -> list[int]:
-    """The processes below another one that run a module."""
-    found = list[int]()
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it ends meanwhile
-            below = children.read_text().split()
-            found += [int(child) for child in below if module in Path(f"/proc/{child}/cmdline").read_bytes()]
-    return found
-
-
-def trainer_of(daemon: int) -> int | None:
-    """The trainer process below a daemon's process, or below its fork server."""
-    forks = (f for server in children_of(daemon, b"training.fork_server") for f in children_of(server, b"training"))
-    return next((pid for pid in (*children_of(daemon, b"training.trainer"), *forks)), None)
 
 
 def lives(pid: int) -> bool:
@@ -126,10 +111,11 @@ def test_jobs_end_as_if_nobody_had_been_killed(
     undisturbed: Path,
     start_daemon: Start,
     training_flags: list[str],
+    trainer_of: TrainerOf,
     tmp_path: Path,
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
-    killer = Killer(lambda: start_daemon(*training_flags, "--trainer-standby=auto"), checkpoints)
+    killer = Killer(lambda: start_daemon(*training_flags), checkpoints, trainer_of)
     rounds, jobs = 0, dict[str, str]()
     deadline = time.monotonic() + PATIENCE_SECONDS
     while killer.killed.total() < KILLS:

@@ -61,7 +61,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("versions")
     return [
         f"--checkpoint-dir={folder / 'checkpoints'}", f"--state-dir={folder / 'state'}", "--device=cpu",
-        "--precision=fp32", "--compile=off", "--trainer-standby=off", "--grpc-port=0", "--http-port=0",
+        "--precision=fp32", "--compile=off", "--grpc-port=0", "--http-port=0",
     ]  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_all_of_it_outlives_the_daemon(
     Image.new("RGB", (16, 16), "grey").save(picture)
     flags = [
         f"--checkpoint-dir={tmp_path / 'checkpoints'}", f"--state-dir={tmp_path / 'state'}", "--device=cpu",
-        "--precision=fp32", "--compile=off", "--trainer-standby=off", "--grpc-port=0", "--http-port=0",
+        "--precision=fp32", "--compile=off", "--grpc-port=0", "--http-port=0",
         "--max-loaded-versions=1",
     ]  # fmt: skip
     with LocalDaemon.start(flags, tmp_path) as daemon, Client(daemon.grpc) as client:
@@ -225,7 +225,7 @@ def test_old_versions_are_deleted_and_what_is_in_use_is_kept(tmp_path: Path, wai
     Image.new("RGB", (16, 16), "grey").save(picture)
     flags = [
         f"--checkpoint-dir={tmp_path / 'checkpoints'}", f"--state-dir={tmp_path / 'state'}", "--device=cpu",
-        "--precision=fp32", "--compile=off", "--trainer-standby=off", "--grpc-port=0", "--http-port=0",
+        "--precision=fp32", "--compile=off", "--grpc-port=0", "--http-port=0",
     ]  # fmt: skip
     with LocalDaemon.start(flags, tmp_path) as daemon, Client(daemon.grpc) as client:
         there = Served(client, daemon, tmp_path / "checkpoints", picture)

@@ -45,19 +45,20 @@ class Album:
         """How many photos each part has."""
         return {part: sum(map(len, photos.values())) for part, photos in self._photos.items()}
 
-    def take(self, folder: Path, counts: Mapping[str, int], *, seed: int) -> Path:
+    def take(self, folder: Path, counts: Mapping[str, int], *, seed: int, grain: int = 0) -> Path:
         """Make the dataset `folder` with so many photos of each part, as many of each class, and return it.
 
-        Each pixel is moved by at most one step, so that no cache knows the photos, whatever it goes by; those that are
-        used again, because there are too few, are shifted too.
+        They are drawn by `seed`. Each pixel is moved by at most one step, by `seed` and `grain`, so that no cache knows
+        the photos, whatever it goes by; those that are used again, because there are too few, are shifted too.
         """
-        rng = np.random.default_rng(seed)
+        drawn, rng = np.random.default_rng(seed), np.random.default_rng((seed, grain))
         for part, count in counts.items():
             for label, (name, photos) in enumerate(self._photos[part].items()):
                 (folder / part / name).mkdir(parents=True)
                 share = count // len(self._photos[part]) + (label < count % len(self._photos[part]))
+                order = drawn.permutation(len(photos))
                 for i in range(share):
-                    data = _jpeg(_moved(_pixels(photos[i % len(photos)]), rng, shift=i >= len(photos)))
+                    data = _jpeg(_moved(_pixels(photos[order[i % len(photos)]]), rng, shift=i >= len(photos)))
                     (folder / part / name / f"{i:05}.jpg").write_bytes(data)
         return folder
 

@@ -44,7 +44,7 @@ def test_every_candidate_has_a_name_of_its_own() -> None:
     grid = Grid.of(TrainingOptions(), probe=True, most=100)
     assert len({grid.name(index) for index in range(len(grid))}) == len(grid)
     assert grid.name(0) == "AdamW with learning_rate 0.0003 and weight_decay 0.0001"
-    assert grid.name(len(grid) - 1) == "L-BFGS with an L2 penalty of 0.3"
+    assert grid.name(len(grid) - 1) == "L-BFGS with an L2 penalty of 1"
 
 
 def test_every_class_is_spread_evenly_over_the_folds() -> None:

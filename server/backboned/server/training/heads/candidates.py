@@ -13,7 +13,7 @@ RATES_OF_DEEPER_HEADS = (1e-3, 3e-3, 1e-2, 3e-2)
 """Where no probe fits, as on maps, over which a head takes the mean: their gradients are smaller."""
 
 DECAYS = (1e-4, 0.1, 1.0)
-PENALTIES = (3e-3, 1e-2, 3e-2, 0.1, 0.3)
+PENALTIES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Of the squared weights, halved, where a probe is fitted by L-BFGS."""
 
 FOLDS = 5

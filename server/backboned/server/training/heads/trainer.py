@@ -14,7 +14,7 @@ from backboned.server.compute.stages import Templates
 from backboned.server.training.epochs import Progress, Trained, diverged, schedule
 from backboned.server.training.events import EpochDone
 from backboned.server.training.heads.adamw import StackedAdamW
-from backboned.server.training.heads.candidates import FOLDS, Grid, folds, spread
+from backboned.server.training.heads.candidates import FOLDS, PENALTIES, Grid, folds, spread
 from backboned.server.training.heads.probe import Probes, fits, row_weights
 from backboned.server.training.heads.stacked import StackedHeads
 from backboned.server.training.heads.standard import Standard
@@ -77,7 +77,7 @@ class HeadTrainer:
         probe = (
             rows is not None
             and heads.is_linear
-            and fits(len(rows), sample.shape[1], len(tensors[f"{heads.layer}.bias"]), 5 * sets)
+            and fits(len(rows), sample.shape[1], len(tensors[f"{heads.layer}.bias"]), len(PENALTIES) * sets)
         )
         self._grid = Grid.of(options, probe=probe, most=max(1, _MOST_PARAMETERS // size))
         self._kept = [torch.ones(len(train), dtype=torch.bool)]

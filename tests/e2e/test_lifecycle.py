@@ -76,7 +76,7 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
         wait_for(lambda: serves(client, "flowers"))
         watches = [health.Watch(health_pb2.HealthCheckRequest(service=s)) for s in ("", "backboned.v1.ModelService")]
         assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
-        images = 5 * (os.cpu_count() or 1)  # a second's work and more, on whatever machine
+        images = 15 * (os.cpu_count() or 1)  # some seconds' work, on whatever machine
         slow = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=large_photo())] * images)
         in_flight = [stub.Predict.future(slow) for _ in range(2)]
         wait_for(lambda: '_seconds_count{phase="decode"} 0.0' not in fetch(f"{http}/metrics"))

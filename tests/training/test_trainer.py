@@ -35,7 +35,7 @@ def talkative():
 def trainer(spec: TrainerSpec, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A trainer process that has its spec."""
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "backboned.server.training.trainer"],
+        [sys.executable, "-P", "-m", "backboned.server.training.trainer_alone"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

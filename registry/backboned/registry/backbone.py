@@ -228,9 +228,11 @@ class _WithoutInitialisation(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Pass on every call but those that fill a tensor in place."""
-        if func.__name__ in self._INITIALISERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")  # as `torch.nn.init` calls it
+        if func.__name__ in self._INITIALISERS and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
 
 
 def replace_layer(model: nn.Module, path: str, num_classes: int) -> None:

@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
+from backboned.server.process import import_torchvision
 from backboned.server.training.priority import yield_to_serving
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     # Python warns of any thread, those of the BLAS included, which are made for it: they come again after a fork.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     yield_to_serving()  # before the imports, which take seconds
+    import_torchvision()
     import torch
 
     torch.set_num_threads(1)  # a team of OpenMP's threads, if a plugin started one, would not survive a fork

@@ -1,6 +1,6 @@
-"""The trainer process: `python -m backboned.server.training.trainer PLUGIN_MODULE…`.
+"""The trainer process: a fork of the fork server, or `trainer_alone.py`; its arguments are modules of plugins.
 
-It imports what it needs, reads one line of JSON from standard input, a `TrainerSpec`, and writes events to standard
+It reads one line of JSON from standard input, a `TrainerSpec`, and writes events to standard
 output, one line of JSON each; the last is the final state. SIGTERM ends it after the current batch. It ends by itself
 when its standard input does, which the daemon holds open while it lives.
 """
@@ -98,9 +98,3 @@ def _stop_without_daemon(stop: threading.Event) -> None:
     stop.set()
     threading.Event().wait(_SECONDS_AFTER_THE_DAEMON)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # at once: to take torch and gigabytes apart piece by piece takes a second, and is for nothing

@@ -43,7 +43,7 @@ class TrainerProcess:
             sys.executable,
             "-P",  # no module from wherever the daemon was started
             "-m",
-            "backboned.server.training.trainer",
+            "backboned.server.training.trainer_alone",
             *plugin_modules,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

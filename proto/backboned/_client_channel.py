@@ -12,6 +12,7 @@ _IDEMPOTENT = (
     "ListBackbones",
     "ListModels",
     "GetModel",
+    "ReportOutcome",
     "GetReport",
     "ListDatasets",
 )

@@ -1,7 +1,7 @@
 """What is asked of which models: requests, those of Predict without images yet."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict, Unpack
 
 import grpc
@@ -9,6 +9,7 @@ import grpc
 from backboned._client_status import ClientError
 from backboned.v1 import model_service_pb2 as pb
 
+_OUTCOMES_AT_ONCE = 5000
 _POLICY_PREFIX = "VERSION_POLICY_"
 _VERSION = re.compile(r"[0-9]{1,18}")  # fits in 64 bits; no alias is a number
 
@@ -47,6 +48,13 @@ def to_policy(model: str, policy: str, version: int | None) -> pb.SetVersionPoli
         known = ", ".join(n.removeprefix(_POLICY_PREFIX).lower() for n in names[1:])
         raise ClientError(grpc.StatusCode.INVALID_ARGUMENT, f"no policy {policy!r}; choose from {known}", "policy")
     return pb.SetVersionPolicyRequest(model=model, policy=pb.VersionPolicy.Value(full), version=version)
+
+
+def to_outcomes(labels: Mapping[str, str]) -> Iterator[pb.ReportOutcomeRequest]:
+    """Requests that tell true labels by the ids of predictions, so many in each."""
+    outcomes = [pb.Outcome(prediction_id=each, label=label) for each, label in labels.items()]
+    for begin in range(0, len(outcomes), _OUTCOMES_AT_ONCE):
+        yield pb.ReportOutcomeRequest(outcomes=outcomes[begin : begin + _OUTCOMES_AT_ONCE])
 
 
 def target(name: str) -> pb.ModelTarget:

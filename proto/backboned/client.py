@@ -23,7 +23,7 @@ import grpc
 
 from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
-from backboned._client_questions import to_one, to_policy, to_report, to_several
+from backboned._client_questions import to_one, to_outcomes, to_policy, to_report, to_several
 from backboned._client_status import ClientError
 from backboned._client_uploads import upload
 from backboned.v1 import model_service_pb2 as pb
@@ -313,12 +313,22 @@ class Client:
         return self._call(self._stub.DeleteAlias, request)
 
     def set_version_policy(self, model: str, policy: str, *, version: int | None = None) -> pb.Model:
-        """Choose how the version that serves is found: "latest", "best", "pinned" or "manual".
+        """Choose how the version that serves is found: "latest", "best", "pinned", "manual",
+        "promote_when_better" or "rollback_when_worse".
 
-        The last two take a `version`; without one they begin with the one that serves now.
+        "pinned", "manual" and "promote_when_better" take a `version`; without one they begin with what serves now.
         """
         request = to_policy(model, policy, version)
         return self._call(self._stub.SetVersionPolicy, request)
+
+    def report_outcomes(self, labels: Mapping[str, str]) -> pb.ReportOutcomeResponse:
+        """Tell the true labels of predictions, by their ids: any number, and hours later if need be."""
+        told = pb.ReportOutcomeResponse()
+        for request in to_outcomes(labels):
+            answer: pb.ReportOutcomeResponse = self._call(self._stub.ReportOutcome, request)
+            told.accepted += answer.accepted
+            told.unknown_prediction_ids.extend(answer.unknown_prediction_ids)
+        return told
 
     def roll_back(self, model: str, *, expected_version: int | None = None, reason: str = "") -> pb.Model:
         """Go back to the version that served before; with `expected_version`, only if that one serves now."""

@@ -190,6 +190,8 @@ def metric_labels() -> dict[str, set[str]]:
     metrics.training_epoch("m", 1, 1.0, 1.0, 1.0, 1.0)
     metrics.predict_done("m", "OK")
     metrics.serving_loss("m", "serving", 1.0, True)
+    metrics.shadow_answers("m", 1, 1)
+    metrics.decided("m", "promoted")
     metrics.serving_version("m", 1)
     metrics.precision_deviation("m", 0.0)
     return {

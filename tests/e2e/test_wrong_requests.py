@@ -157,9 +157,9 @@ def test_an_unknown_alias_cannot_be_deleted(refusal: Refusal) -> None:
     assert error.code is StatusCode.NOT_FOUND and "did you mean 'stable'?" in error.message
 
 
-def test_what_is_not_there_yet_says_what_to_do_instead(refusal: Refusal) -> None:
+def test_an_empty_report_of_outcomes_is_refused(refusal: Refusal) -> None:
     error = refusal("ReportOutcome", pb.ReportOutcomeRequest())
-    assert error.code is StatusCode.UNIMPLEMENTED and "send `labels` with Predict" in error.message
+    assert (error.code, error.field) == (StatusCode.INVALID_ARGUMENT, "outcomes")
 
 
 @pytest.mark.parametrize("rpc", ["SetVersionPolicy", "RollBack", "SetTraffic", "DeleteModelVersion"])

@@ -22,6 +22,8 @@ FAMILIES = {
     "training_feature_images_total": {"source"},
     "serving_loss": {"model", "role"},
     "serving_outcomes_total": {"model", "role", "correct"},
+    "shadow_answers_total": {"model", "agrees"},
+    "version_decisions_total": {"model", "result"},
     "predict_requests_total": {"model", "code"},
     "predict_duration_seconds": {"phase"},
     "predict_batch_size": set(),
@@ -62,6 +64,8 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.serving_loss("cats", "serving", 0.5, correct=True)
     metrics.serving_loss("cats", "serving", 1.5, correct=False)
     metrics.serving_loss("cats", "shadow", 0.25, correct=True)
+    metrics.shadow_answers("cats", 3, 1)
+    metrics.decided("cats", "promoted")
     metrics.serving_version("cats", 3)
     metrics.checkpoint_load("loaded", 0.1)
     metrics.scanned(1_700_000_000.0)

@@ -37,6 +37,8 @@ class Telemetry:
     phases: list[str] = field(default_factory=list)
     done: list[tuple[str, str]] = field(default_factory=list)
     losses: list[tuple[str, str, float, bool]] = field(default_factory=list)
+    seen: dict[str, int] = field(default_factory=dict)
+    decisions: list[tuple[str, str]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     serving: dict[str, int] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
@@ -53,6 +55,12 @@ class Telemetry:
 
     def serving_loss(self, model: str, role: str, loss: float, correct: bool) -> None:
         self.losses.append((model, role, loss, correct))
+
+    def shadow_answers(self, model: str, agreeing: int, others: int) -> None:
+        self.seen[model] = self.seen.get(model, 0) + agreeing + others
+
+    def decided(self, model: str, result: str) -> None:
+        self.decisions.append((model, result))
 
     def checkpoint_load(self, result: str, seconds: float) -> None:
         assert seconds >= 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -204,6 +205,25 @@ async def test_a_model_that_fails_costs_its_own_images_alone(
     error = answers[3]
     assert isinstance(error, BackbonedError) and error.kind is ErrorKind.RESOURCE_EXHAUSTED
     assert error.retry_delay_seconds == 1.0
+
+
+async def test_a_shadow_answers_too_and_its_failure_is_nobodys(
+    make_engine: MakeEngine, load: Load, make_network: MakeNetwork, digits: Backbone
+) -> None:
+    serving, shadow = make_network(head=1), make_network(head=2)
+    good, other = load(serving), load(shadow)
+    engine = make_engine()
+    pictures = images(2)
+    futures = [
+        *engine.submit([good], [pixels(pictures[0])], shadows=[other]),
+        *engine.submit([good], [pixels(pictures[1])], shadows=[failing(other, ValueError("broken"))]),
+    ]
+    engine.start()
+    for place, future in enumerate(futures):
+        mine, seen = await asyncio.wait_for(future, TIMEOUT_SECONDS)
+        torch.testing.assert_close(mine.logits, expected(serving, pictures[place], digits.preprocessing))
+        truth = expected(shadow, pictures[place], digits.preprocessing)
+        torch.testing.assert_close(seen.logits, truth if place == 0 else truth * math.nan, equal_nan=True)
 
 
 async def test_a_batch_that_fails_as_a_whole_does_not_end_the_engine(

@@ -33,9 +33,11 @@ from backboned.server.serving.calls import Call, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
+from backboned.server.serving.remembered import Memory
 from backboned.server.serving.snapshot import State
 
 PATIENCE_SECONDS = 30.0
@@ -146,7 +148,8 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         def predict(model: str, version: int | None = None, alias: str | None = None) -> Result:
             async def ask() -> tuple[Result, ...]:
                 admission = Admission(100, 10**7, engine.seconds_to_clear)
-                predictor = Predictor(Chooser(loader, records), engine, admission, telemetry)
+                outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
+                predictor = Predictor(Chooser(loader, records), engine, admission, outcomes, telemetry)
                 return await predictor.predict(Call((Target(model, version, alias),), [photo]))
 
             (result,) = asyncio.run(ask())

@@ -151,6 +151,9 @@ def test_what_serves_is_never_lost_and_what_is_refused_never_loaded(
         (Policy(VersionPolicy.PINNED, 1), [1, 5, 4]),
         (Policy(VersionPolicy.MANUAL, 4), [4, 5]),
         (Policy(rejected={5: "worse"}), [4, 5]),
+        (Policy(VersionPolicy.PROMOTE_WHEN_BETTER, 2), [2, 5, 4]),
+        (Policy(VersionPolicy.PROMOTE_WHEN_BETTER, 2, {5: "worse", 4: "worse"}), [2, 5, 4, 3]),
+        (Policy(VersionPolicy.ROLLBACK_WHEN_WORSE, rejected={4: "", 3: ""}), [5, 4, 2]),
     ],
 )
 def test_what_is_to_serve_is_loaded_first(policy: Policy, expected: list[int]) -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from backboned.registry import Preprocessing
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.task import Task
-from backboned.server.serving.policy import Policy, VersionPolicy, candidates, why
+from backboned.server.serving.policy import NAMING, Policy, VersionPolicy, candidates, shadow, why
 
 Made = Callable[..., Manifest]
-LATEST, BEST, PINNED, MANUAL = VersionPolicy
+LATEST, BEST, PINNED, MANUAL, PROMOTE, CALL_BACK = VersionPolicy
 
 
 def manifest(version: int, *, complete: bool = True, accuracy: float | None = None, loss: float = 1.0) -> Manifest:
@@ -61,6 +61,25 @@ def test_the_one_that_should_answer_comes_first(policy: Policy, expected: tuple[
     assert candidates(VERSIONS, policy) == expected
 
 
+@pytest.mark.parametrize(
+    ("policy", "serving", "expected"),
+    [
+        (Policy(), 4, None),
+        (Policy(BEST), 2, None),
+        (Policy(PINNED, 2), 2, None),
+        (Policy(MANUAL, 2), 2, 4),
+        (Policy(PROMOTE, 2), 2, 4),
+        (Policy(PROMOTE, 2, {4: "worse"}), 2, 3),
+        (Policy(PROMOTE, 4), 4, None),
+        (Policy(CALL_BACK), 4, 3),
+        (Policy(CALL_BACK, rejected={3: "worse"}), 4, 2),
+        (Policy(CALL_BACK), 1, None),
+    ],
+)
+def test_a_shadow_is_what_could_take_the_place(policy: Policy, serving: int, expected: int | None) -> None:
+    assert shadow(VERSIONS, policy, serving) == expected
+
+
 @given(
     numbers=st.sets(st.integers(1, 12)),
     complete=st.sets(st.integers(1, 12)),
@@ -72,7 +91,7 @@ def test_nothing_is_chosen_twice_and_nothing_that_was_rejected(
     numbers: set[int], complete: set[int], rejected: set[int], kind: VersionPolicy, named: int
 ) -> None:
     versions = {v: manifest(v, complete=v in complete) for v in numbers}
-    policy = Policy(kind, named if kind in (PINNED, MANUAL) else None, MappingProxyType(dict.fromkeys(rejected, "bad")))
+    policy = Policy(kind, named if kind in NAMING else None, MappingProxyType(dict.fromkeys(rejected, "bad")))
     chosen = candidates(versions, policy)
     assert len(set(chosen)) == len(chosen) and set(chosen) <= numbers
     assert not (set(chosen) & rejected) - ({named} if kind in (PINNED, MANUAL) else set())

@@ -30,9 +30,11 @@ from backboned.server.serving.calls import Call, Pixels, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.predictor import MAX_IMAGES, Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
+from backboned.server.serving.remembered import Memory
 from backboned.server.serving.snapshot import State
 
 TIMEOUT_SECONDS = 30.0
@@ -54,6 +56,7 @@ class World:
 
     loader: Loader
     records: Records
+    memory: Memory
     networks: Mapping[tuple[str, int], nn.Module]
 
 
@@ -102,7 +105,7 @@ def world(
         _damaged_copy(directory.root / "flowers" / "2", 3)
         _wait(loader, lambda: 3 in loader.snapshot.models["flowers"].versions)
         _wait(loader, lambda: all(f.state is State.QUARANTINED for f in loader.snapshot.refused))
-        yield World(loader, records, networks)
+        yield World(loader, records, Memory(database, 2**20), networks)
 
 
 def leaves_network() -> nn.Module:
@@ -168,7 +171,8 @@ async def make_desk(world: World, telemetry: Any) -> AsyncIterator[Callable[...,
     def make(max_queued_images: int = 1000, max_queued_bytes: int = 10**8) -> Desk:
         engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000), threads=1)
         admission = Admission(max_queued_images, max_queued_bytes, engine.seconds_to_clear)
-        predictor = Predictor(Chooser(world.loader, world.records), engine, admission, telemetry)
+        outcomes = Outcomes(world.memory, lambda: world.loader.snapshot, telemetry)
+        predictor = Predictor(Chooser(world.loader, world.records), engine, admission, outcomes, telemetry)
         made.append(Desk(predictor, engine, telemetry))
         return made[-1]
 

@@ -24,9 +24,11 @@ from backboned.server.serving.calls import Call, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
+from backboned.server.serving.remembered import Memory
 from backboned.server.serving.telemetry import ServingTelemetry
 
 LABEL = "bee"
@@ -81,7 +83,8 @@ def predictor(
     loader.start()
     engine.start()
     loader.refresh().result(30)
-    yield Predictor(Chooser(loader, records), engine, Admission(100, 10**8, lambda _: 0.1), telemetry)
+    outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
+    yield Predictor(Chooser(loader, records), engine, Admission(100, 10**8, lambda _: 0.1), outcomes, telemetry)
     engine.stop()
     loader.stop()
     database.dispose()

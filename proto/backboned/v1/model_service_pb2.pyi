@@ -108,6 +108,14 @@ class _VersionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Version
     """This one and no other: if it can't serve, calls fail and say why."""
     VERSION_POLICY_MANUAL: _VersionPolicy.ValueType  # 4
     """The one that was chosen last, whatever comes; the newest older one stands in if it can't serve."""
+    VERSION_POLICY_PROMOTE_WHEN_BETTER: _VersionPolicy.ValueType  # 5
+    """The one that is named; the newest that came after it sees what it answers, and takes its place once outcomes show
+    that its loss is lower. One whose loss is higher is rejected.
+    """
+    VERSION_POLICY_ROLLBACK_WHEN_WORSE: _VersionPolicy.ValueType  # 6
+    """The newest, as with VERSION_POLICY_LATEST; the one before it sees what it answers, and takes its place again once
+    outcomes show that its loss is lower.
+    """
 
 class VersionPolicy(_VersionPolicy, metaclass=_VersionPolicyEnumTypeWrapper):
     """How the version is found that answers where a call names none. Only what is loaded answers."""
@@ -122,6 +130,14 @@ VERSION_POLICY_PINNED: VersionPolicy.ValueType  # 3
 """This one and no other: if it can't serve, calls fail and say why."""
 VERSION_POLICY_MANUAL: VersionPolicy.ValueType  # 4
 """The one that was chosen last, whatever comes; the newest older one stands in if it can't serve."""
+VERSION_POLICY_PROMOTE_WHEN_BETTER: VersionPolicy.ValueType  # 5
+"""The one that is named; the newest that came after it sees what it answers, and takes its place once outcomes show
+that its loss is lower. One whose loss is higher is rejected.
+"""
+VERSION_POLICY_ROLLBACK_WHEN_WORSE: VersionPolicy.ValueType  # 6
+"""The newest, as with VERSION_POLICY_LATEST; the one before it sees what it answers, and takes its place again once
+outcomes show that its loss is lower.
+"""
 Global___VersionPolicy: _TypeAlias = VersionPolicy  # noqa: Y015
 
 class _ChangeKind:
@@ -144,6 +160,8 @@ class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind
     """A version was rejected, as by RollBack."""
     CHANGE_KIND_DELETED: _ChangeKind.ValueType  # 6
     """A version was deleted."""
+    CHANGE_KIND_PROMOTED: _ChangeKind.ValueType  # 7
+    """A version was promoted by its outcomes."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What a change was about."""
@@ -162,6 +180,8 @@ CHANGE_KIND_REJECTED: ChangeKind.ValueType  # 5
 """A version was rejected, as by RollBack."""
 CHANGE_KIND_DELETED: ChangeKind.ValueType  # 6
 """A version was deleted."""
+CHANGE_KIND_PROMOTED: ChangeKind.ValueType  # 7
+"""A version was promoted by its outcomes."""
 Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
 
 class _CheckpointState:
@@ -1612,7 +1632,7 @@ class ReportOutcomeRequest(_message.Message):
     OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]:
-        """At most 10000."""
+        """At most 10000; of several of one prediction the last one counts."""
 
     def __init__(
         self,
@@ -1662,10 +1682,10 @@ class ReportOutcomeResponse(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     UNKNOWN_PREDICTION_IDS_FIELD_NUMBER: _builtins.int
     accepted: _builtins.int
-    """How many were counted."""
+    """How many were counted now: a prediction's first outcome counts, and no later one."""
     @_builtins.property
     def unknown_prediction_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids that aren't remembered (any more)."""
+        """Ids that aren't remembered (any more): see `--remember-answers`."""
 
     def __init__(
         self,
@@ -1941,6 +1961,8 @@ class Model(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
+    SHADOW_VERSION_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     serving_version: _builtins.int
@@ -1948,7 +1970,9 @@ class Model(_message.Message):
     policy: Global___VersionPolicy.ValueType
     """How `serving_version` is chosen."""
     policy_version: _builtins.int
-    """The version that the policy names: of VERSION_POLICY_PINNED and VERSION_POLICY_MANUAL."""
+    """The version that the policy names: of VERSION_POLICY_PINNED, _MANUAL and _PROMOTE_WHEN_BETTER."""
+    shadow_version: _builtins.int
+    """The version that sees the images that `serving_version` answers; 0: none does."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
         """All versions, newest first."""
@@ -1961,6 +1985,10 @@ class Model(_message.Message):
     def traffic(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """How calls that name neither a version nor an alias are divided: weights by alias. Empty: they aren't."""
 
+    @_builtins.property
+    def comparison(self) -> Global___Comparison:
+        """What outcomes say of `serving_version`, and of `shadow_version`, since they have been side by side."""
+
     def __init__(
         self,
         *,
@@ -1971,14 +1999,126 @@ class Model(_message.Message):
         policy: Global___VersionPolicy.ValueType = ...,
         policy_version: _builtins.int = ...,
         traffic: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        shadow_version: _builtins.int = ...,
+        comparison: Global___Comparison | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "name", b"name", "policy", b"policy", "policy_version", b"policy_version", "serving_version", b"serving_version", "traffic", b"traffic", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "comparison", b"comparison", "name", b"name", "policy", b"policy", "policy_version", b"policy_version", "serving_version", b"serving_version", "shadow_version", b"shadow_version", "traffic", b"traffic", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """How two versions did with the same images."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    AGREEMENTS_FIELD_NUMBER: _builtins.int
+    outcomes: _builtins.int
+    """How many outcomes of `serving_version` there are; with a shadow, of both."""
+    answers: _builtins.int
+    """How many images both have seen, with or without outcomes."""
+    agreements: _builtins.int
+    """Of how many of these they said the same."""
+    @_builtins.property
+    def serving(self) -> Global___Figures:
+        """The serving version's. Unset without outcomes."""
+
+    @_builtins.property
+    def shadow(self) -> Global___Figures:
+        """The shadow's. Unset without outcomes of both."""
+
+    @_builtins.property
+    def gain(self) -> Global___Estimate:
+        """How much lower the shadow's loss is. Its interval holds at all times at once: it may be looked at after each
+        outcome (an asymptotic confidence sequence, arXiv:2103.06476). Policies act when it excludes 0, from 50 outcomes on.
+        """
+
+    def __init__(
+        self,
+        *,
+        outcomes: _builtins.int = ...,
+        serving: Global___Figures | None = ...,
+        shadow: Global___Figures | None = ...,
+        gain: Global___Estimate | None = ...,
+        answers: _builtins.int = ...,
+        agreements: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gain", b"gain", "serving", b"serving", "shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreements", b"agreements", "answers", b"answers", "gain", b"gain", "outcomes", b"outcomes", "serving", b"serving", "shadow", b"shadow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+@_typing.final
+class Figures(_message.Message):
+    """How well a version did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def loss(self) -> Global___Estimate:
+        """Mean loss; no image counts for more than 10."""
+
+    @_builtins.property
+    def accuracy(self) -> Global___Estimate:
+        """0…1."""
+
+    def __init__(
+        self,
+        *,
+        loss: Global___Estimate | None = ...,
+        accuracy: Global___Estimate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "loss", b"loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "loss", b"loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Figures: _TypeAlias = Figures  # noqa: Y015
+
+@_typing.final
+class Estimate(_message.Message):
+    """A figure with its 95 % confidence interval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    value: _builtins.float
+    """The figure."""
+    low: _builtins.float
+    """The lower end."""
+    high: _builtins.float
+    """The upper end."""
+    def __init__(
+        self,
+        *,
+        value: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
 
 @_typing.final
 class ModelVersion(_message.Message):
@@ -2108,8 +2248,8 @@ class SetVersionPolicyRequest(_message.Message):
     policy: Global___VersionPolicy.ValueType
     """How the version that answers by default is chosen. Required."""
     version: _builtins.int
-    """Which one, for VERSION_POLICY_PINNED and VERSION_POLICY_MANUAL; unset: the one that serves now. For the others it
-    must not be set.
+    """Which one, for VERSION_POLICY_PINNED, _MANUAL and _PROMOTE_WHEN_BETTER; unset: the one that serves now. For the
+    others it must not be set.
     """
     def __init__(
         self,

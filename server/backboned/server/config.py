@@ -126,6 +126,11 @@ class Config(BaseSettings):
     upload_quota: ByteSize = Field(
         default=ByteSize(32 * 2**30), ge=0, description="Bytes of images that may be uploaded, as in 32GiB."
     )
+    remember_answers: ByteSize = Field(
+        default=ByteSize(256 * 2**20),
+        ge=0,
+        description="Bytes of answers that are kept for ReportOutcome, the newest, as in 256MiB; 0 keeps none.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severity that is logged: debug, info, warning or error."
     )

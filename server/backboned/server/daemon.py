@@ -38,9 +38,12 @@ from backboned.server.serving.admission import Admission
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
+from backboned.server.serving.promotion import Promoter
 from backboned.server.serving.records import Records
+from backboned.server.serving.remembered import Memory
 from backboned.server.serving.sweep import Sweeper
 from backboned.server.serving.versions import Versions
 from backboned.server.training.jobs import JobStore
@@ -52,6 +55,7 @@ from backboned.server.training.uploads import UploadStore
 log = logging.getLogger(__name__)
 
 DATABASE_NAME = "backboned.sqlite"
+ANSWERS_NAME = "answers.sqlite"
 LOCK_NAME = "lock"
 COMPILED_NAME = "compiled"
 UPLOADS_NAME = "uploads"
@@ -120,7 +124,10 @@ class Daemon:
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
         chooser = Chooser(self.loader, records)
-        self.predictor = Predictor(chooser, self.engine, admission, self.metrics)
+        self._answers = open_database(config.state_dir / ANSWERS_NAME)
+        self._memory = Memory(self._answers, config.remember_answers)
+        outcomes = Outcomes(self._memory, lambda: self.loader.snapshot, self.metrics)
+        self.predictor = Predictor(chooser, self.engine, admission, outcomes, self.metrics)
         self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
         self._standby = Standby(config.plugin, enabled=config.trainer_standby == "auto")
         self.jobs = JobSupervisor(
@@ -142,6 +149,7 @@ class Daemon:
             records,
             self.versions,
             self.predictor,
+            outcomes,
             self.jobs,
             self.uploads,
         )
@@ -158,6 +166,7 @@ class Daemon:
             max_message_bytes=config.max_message_bytes,
             frontends=frontends if count else None,
         )
+        self._promoter = Promoter(self.versions, outcomes, self.metrics)
         self._sweeper = Sweeper(self.versions, config.keep_versions, config.keep_days)
         self.metrics.watch_queue(self.engine.depth)
         self.metrics.watch_stages(self._stages.loaded)
@@ -170,6 +179,7 @@ class Daemon:
         http_host, http_port = await self.http.start(self._config.host, self._config.http_port)
         self.grpc.launch()
         self.engine.start()
+        self._memory.start()
         first_look = asyncio.wrap_future(self.loader.refresh())
         self.loader.start()
         await asyncio.gather(first_look, asyncio.to_thread(self.uploads.open))
@@ -178,6 +188,7 @@ class Daemon:
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
         self.grpc.set_serving(True)
         self._sweeper.start()
+        self._promoter.start()
         self._not_ready_reason = None
         host = f"[{http_host}]" if ":" in http_host else http_host
         return {"grpc": f"{host}:{grpc_port}", "http": f"http://{host}:{http_port}"}
@@ -187,11 +198,13 @@ class Daemon:
         self._not_ready_reason = "stopping"
         self.grpc.set_serving(False)
         drain = self._config.drain_seconds
-        await self._sweeper.stop()
+        await asyncio.gather(self._sweeper.stop(), self._promoter.stop())
         await asyncio.gather(self.grpc.stop(drain), self.jobs.stop(drain))
         self._standby.close()
         self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
+        await asyncio.to_thread(self._memory.stop)
+        self._answers.dispose()
         await self.http.stop()
 
     async def _see_version(self, *_: object) -> None:

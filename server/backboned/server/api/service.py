@@ -17,7 +17,6 @@ from backboned.registry.reports import read_report
 from backboned.registry.weights import WeightStore
 from backboned.server.api.checkpoints import checkpoint_fields, checkpoint_message
 from backboned.server.api.jobs import MAX_REQUEST_ID_LENGTH, event_message, job_fields, job_message, to_options
-from backboned.server.api.not_yet import NotYet
 from backboned.server.api.predictions import to_call, to_response
 from backboned.server.api.streams import in_order
 from backboned.server.api.uploads import Uploads
@@ -25,6 +24,7 @@ from backboned.server.api.versions import VersionService
 from backboned.server.serving.aliases import LATEST
 from backboned.server.serving.listing import CheckpointRow, checkpoint_rows
 from backboned.server.serving.loader import Loader
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import KnownModel
@@ -50,16 +50,17 @@ class Rooms:
     records: Records
     versions: Versions
     predictor: Predictor
+    outcomes: Outcomes
     jobs: JobSupervisor
     uploads: UploadStore
 
 
-class ModelService(Uploads, VersionService, NotYet):
+class ModelService(Uploads, VersionService):
     """`backboned.v1.ModelService`."""
 
     def __init__(self, rooms: Rooms, *, max_message_bytes: int) -> None:
         Uploads.__init__(self, rooms.uploads, rooms.jobs, max_message_bytes)
-        VersionService.__init__(self, rooms.versions, rooms.records, rooms.directory)
+        VersionService.__init__(self, rooms.versions, rooms.records, rooms.directory, rooms.outcomes)
         self._rooms = rooms
 
     async def FineTune(self, request: pb.FineTuneRequest, context: Context) -> pb.Job:

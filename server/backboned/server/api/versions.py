@@ -10,9 +10,12 @@ from backboned.registry.errors import invalid, not_found
 from backboned.registry.manifest import check_name
 from backboned.registry.query import paginate
 from backboned.server.api.checkpoints import model_message, timestamp
+from backboned.server.api.comparisons import comparison_message
 from backboned.server.serving.history import Entry
+from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.policy import VersionPolicy
 from backboned.server.serving.records import Records
+from backboned.server.serving.remembered import Pair
 from backboned.server.serving.snapshot import KnownModel
 from backboned.server.serving.versions import Versions
 from backboned.v1 import model_service_pb2 as pb
@@ -30,8 +33,11 @@ _MAX_ACTOR_LENGTH = 200
 class VersionService(pb_grpc.ModelServiceServicer):
     """The part of the service that is about versions and aliases. For one event loop."""
 
-    def __init__(self, versions: Versions, records: Records, directory: CheckpointDirectory) -> None:
+    def __init__(
+        self, versions: Versions, records: Records, directory: CheckpointDirectory, outcomes: Outcomes
+    ) -> None:
         self._versions = versions
+        self._outcomes = outcomes
         self._records = records
         self._directory = directory
 
@@ -80,6 +86,13 @@ class VersionService(pb_grpc.ModelServiceServicer):
         await self._versions.delete(request.model, request.version, actor_of(context))
         return Empty()
 
+    async def ReportOutcome(self, request: pb.ReportOutcomeRequest, context: Context) -> pb.ReportOutcomeResponse:
+        """Score answers by their true labels."""
+        if not request.outcomes:
+            raise invalid("a report needs at least one outcome", field="outcomes")
+        accepted, unknown = await self._outcomes.report({o.prediction_id: o.label for o in request.outcomes})
+        return pb.ReportOutcomeResponse(accepted=accepted, unknown_prediction_ids=unknown)
+
     async def ListHistory(self, request: pb.ListHistoryRequest, context: Context) -> pb.ListHistoryResponse:
         """Changes, newest first."""
         entries = await self._entries(request.model)
@@ -94,10 +107,13 @@ class VersionService(pb_grpc.ModelServiceServicer):
 
     def message(self, model: KnownModel) -> pb.Model:
         """A model as a message."""
-        name = model.name
-        return model_message(
+        name, shadow = model.name, 0 if model.shadow is None else model.shadow.manifest.version
+        message = model_message(
             model, self._directory, self._records.aliases.of(name), self._records.decisions.split(name)
         )
+        message.shadow_version = shadow
+        message.comparison.CopyFrom(comparison_message(self._outcomes.tally(Pair(name, model.serving, shadow))))
+        return message
 
     async def _entries(self, name: str) -> list[Entry]:
         entries = await self._versions.history(check_name(name) if name else None)

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from backboned.client import Client
+from backboned.server.commands.comparison_view import compared
 from backboned.server.commands.options import DEFAULT_ADDRESS, Json, Server
 from backboned.server.commands.output import console, label, notice, print_json, print_table, runs, when
 from backboned.v1 import model_service_pb2 as pb
@@ -81,9 +82,15 @@ def history(
 @app.command()
 def policy(
     model: Model,
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="latest, best, pinned or manual.")],
+    policy: Annotated[
+        str,
+        typer.Argument(
+            metavar="POLICY", help="latest, best, pinned, manual, promote_when_better or rollback_when_worse."
+        ),
+    ],
     version: Annotated[
-        int | None, typer.Option("--version", help="For pinned and manual; unset: the one that serves now.")
+        int | None,
+        typer.Option("--version", help="For pinned, manual and promote_when_better; unset: what serves now."),
     ] = None,
     server: Server = DEFAULT_ADDRESS,
     json: Json = False,
@@ -166,6 +173,8 @@ def _told(change: pb.Change) -> str:  # noqa: PLR0911 - one for each kind
             return f"traffic: {change.subject or 'not divided'}"
         case pb.CHANGE_KIND_REJECTED:
             return f"version {before} rejected for {after}"
+        case pb.CHANGE_KIND_PROMOTED:
+            return f"version {after} promoted over {before}"
         case pb.CHANGE_KIND_DELETED:
             return f"version {before} deleted"
         case _:
@@ -209,6 +218,8 @@ def _show_versions(model: pb.Model) -> None:
             sharing.setdefault(shared, []).append(str(version.version))
     columns = [">version", "state", "backbone", "task", ">classes", ">accuracy", "created", "aliases"]
     print_table(columns, rows, empty="no version")
+    for line in compared(model):
+        notice(line)
     for version in model.versions:
         if version.checkpoint.reason:
             notice(f"version {version.version} is quarantined: {version.checkpoint.reason}")
@@ -220,6 +231,8 @@ def _state(model: pb.Model, version: pb.ModelVersion) -> str:
     quarantined = version.checkpoint.state == pb.CHECKPOINT_STATE_QUARANTINED
     if version.version == model.serving_version:
         state = "serving"
+    elif version.version == model.shadow_version:
+        state = "shadow"
     elif version.loaded:
         state = "loaded"
     else:

@@ -109,6 +109,15 @@ class Metrics:
         self._serving_loss.labels(model, role).observe(loss)
         self._serving_outcomes.labels(model, role, str(correct).lower()).inc()
 
+    def shadow_answers(self, model: str, agreeing: int, others: int) -> None:
+        """So many answers of a version and its shadow said the same, and so many didn't."""
+        self._shadow_answers.labels(model, "true").inc(agreeing)
+        self._shadow_answers.labels(model, "false").inc(others)
+
+    def decided(self, model: str, result: str) -> None:
+        """By outcomes a version was `promoted`, `rejected` before it served, or `rolled_back`."""
+        self._decisions.labels(model, result).inc()
+
     def serving_version(self, model: str, version: int) -> None:
         """`version` answers for `model` from now on."""
         self._serving_version.labels(model).set(version)
@@ -184,6 +193,14 @@ class Metrics:
         self._of_models.append(self._serving_loss)
         self._serving_outcomes = self._counter(
             "serving_outcomes_total", "Served images with known labels.", ("model", "role", "correct")
+        )
+        self._shadow_answers = self._counter(
+            "shadow_answers_total", "Images that a shadow saw too, by whether both said the same.", ("model", "agrees")
+        )
+        self._decisions = self._counter(
+            "version_decisions_total",
+            "Versions that outcomes promoted, rejected before they served, or rolled back.",
+            ("model", "result"),
         )
         self._serving_version = self._gauge("serving_version", "Version that answers by default.", ("model",))
         self._stages_loaded = self._gauge("stages_loaded", "Distinct stages in memory.")

@@ -52,6 +52,13 @@ class Chooser:
         except BackbonedError:
             return None
 
+    def shadow(self, target: Target, model: LoadedModel) -> LoadedModel | None:
+        """What is to see, beside `model`, what a call for `target` asks; only where that was the default's turn."""
+        if target.version is not None or target.alias is not None:
+            return None
+        known = self._loader.snapshot.models.get(target.model)
+        return known.shadow if known is not None and known.default is model else None
+
     def _find(self, target: Target) -> LoadedModel:
         snapshot = self._loader.snapshot
         model = snapshot.models.get(target.model)

@@ -89,15 +89,19 @@ class Engine:
                 thread.join(timeout=60)
 
     def submit(
-        self, models: Sequence[LoadedModel], sources: Sequence[bytes | Pixels | Prepared], tap: int | None = None
+        self,
+        models: Sequence[LoadedModel],
+        sources: Sequence[bytes | Pixels | Prepared],
+        tap: int | None = None,
+        shadows: Sequence[LoadedModel] = (),
     ) -> "list[asyncio.Future[tuple[Answer, ...]]]":
-        """Queue images, each to be answered by every one of `models`, which are of one group.
+        """Queue images, each to be answered by every one of `models`, which are of one group, and then of `shadows`.
 
         `tap` is the place in their paths whose pooled output is the embedding. Cancelling a future leaves its image
         out, unless its batch has begun.
         """
         loop = asyncio.get_running_loop()
-        items = [Item(tuple(models), source, loop.create_future(), tap) for source in sources]
+        items = [Item(tuple(models), source, loop.create_future(), tap, tuple(shadows)) for source in sources]
         if self._decoders is None:
             self._add(items)
         else:

@@ -18,6 +18,7 @@ class Change(Enum):
     TRAFFIC = "TRAFFIC"
     REJECTED = "REJECTED"
     DELETED = "DELETED"
+    PROMOTED = "PROMOTED"
 
 
 class _Base(DeclarativeBase):

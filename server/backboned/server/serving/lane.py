@@ -1,5 +1,6 @@
 """What a thread of the engine runs batches with."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.compute.device import Device
 from backboned.server.compute.preprocess import normalise, stack
 from backboned.server.serving.queue import Group, Item
+from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.serving.tree import Answer, Leg, run_tree
 
 
@@ -23,15 +25,13 @@ class Lane:
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Item]) -> list[tuple[Answer, ...] | Exception]:
-        """An outcome for each item; an exception where any of its models failed."""
+        """An outcome for each item: of its models, then of its shadows; an exception where any of its models failed."""
         with torch.cuda.stream(self._stream):  # of None: no stream
             group = Group.of(batch[0].models[0])
             x = normalise(self._moved(batch), group.preprocessing, group.dtype)
-            legs = [
-                Leg(row, model.path, item.tap, model.answers) for row, item in enumerate(batch) for model in item.models
-            ]
+            legs = [leg for row, item in enumerate(batch) for leg in _legs(row, item)]
             answers = iter(_on_cpu(run_tree(legs, x)))
-        return [_of_item([next(answers) for _ in item.models]) for item in batch]
+        return [_of_item(item, [next(answers) for _ in (*item.models, *item.shadows)]) for item in batch]
 
     def _moved(self, batch: Sequence[Item]) -> Tensor:
         """The batch's images `[n, 3, crop, crop]` uint8 on the device, channels last."""
@@ -74,8 +74,22 @@ def _brought(answer: Answer, tensors: Iterator[Tensor]) -> Answer:
     return Answer(logits, embedding, None if answer.distance is None else next(tensors))
 
 
-def _of_item(answers: Sequence[Answer | Exception]) -> tuple[Answer, ...] | Exception:
-    failed = next((a for a in answers if isinstance(a, Exception)), None)
+def _legs(row: int, item: Item) -> Iterator[Leg]:
+    for model in item.models:
+        yield Leg(row, model.path, item.tap, model.answers)
+    for shadow in item.shadows:
+        yield Leg(row, shadow.path)
+
+
+def _of_item(item: Item, answers: Sequence[Answer | Exception]) -> tuple[Answer, ...] | Exception:
+    failed = next((a for a in answers[: len(item.models)] if isinstance(a, Exception)), None)
     if failed is not None:
         return as_told(failed)
-    return tuple(a for a in answers if not isinstance(a, Exception))
+    models = (*item.models, *item.shadows)
+    return tuple(_nothing(model) if isinstance(a, Exception) else a for model, a in zip(models, answers, strict=True))
+
+
+def _nothing(shadow: LoadedModel) -> Answer:
+    """What a shadow that failed answers: logits of NaN."""
+    manifest = shadow.manifest
+    return Answer(torch.full((manifest.task.outputs(len(manifest.classes)),), math.nan))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from backboned.registry.directory import Drop
 from backboned.registry.manifest import Manifest
-from backboned.server.serving.policy import Policy, candidates
+from backboned.server.serving.policy import Policy, candidates, shadow
 
 QUIET_SECONDS = 0.2
 """A dropped file must have stood still so long before it is first looked into."""
@@ -90,7 +90,7 @@ class Known:
 def plan(known: Known, *, now: float, settle_seconds: float, max_loaded_versions: int) -> Plan:
     """The actions that bring what is loaded to what should be: for each model its newest versions and the wanted ones.
 
-    And the version that its policy chooses, with the one that answers until that is loaded.
+    And the version that its policy chooses, with the one that answers until that is loaded, and its shadow.
 
     Versions that are to serve come first, then the newest, dropped files last. What is quarantined isn't loaded; what
     serves of it, an earlier epoch or an older version, serves on.
@@ -124,9 +124,12 @@ def _desired(known: Known, max_loaded_versions: int) -> tuple[set[VersionKey], s
     desired, first = set(known.wanted & usable), set[VersionKey]()
     for model, versions in by_model.items():
         desired.update((model, v) for v in sorted(versions, reverse=True)[:max_loaded_versions])
-        chosen = [(model, v) for v in candidates(versions, known.policies.get(model, Policy()))]
+        policy = known.policies.get(model, Policy())
+        chosen = [(model, v) for v in candidates(versions, policy)]
         # A version in training must not push out the one that serves…
         first.update(chosen[:1])
         # …nor one that isn't loaded yet, and may never be.
         desired.update([key for key in chosen if key in known.loaded][:1])
+        if chosen and (other := shadow(versions, policy, chosen[0][1])) is not None:
+            desired.add((model, other))
     return desired | first, first

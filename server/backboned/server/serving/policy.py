@@ -16,11 +16,17 @@ class VersionPolicy(Enum):
     BEST = "BEST"
     PINNED = "PINNED"
     MANUAL = "MANUAL"
+    PROMOTE_WHEN_BETTER = "PROMOTE_WHEN_BETTER"
+    ROLLBACK_WHEN_WORSE = "ROLLBACK_WHEN_WORSE"
+
+
+NAMING = frozenset((VersionPolicy.PINNED, VersionPolicy.MANUAL, VersionPolicy.PROMOTE_WHEN_BETTER))
+"""These name a version; the others find it."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model's policy. `version` is the one that PINNED answers with, or that MANUAL was told last.
+    """A model's policy. `version` is the one that it names: of `NAMING`.
 
     `rejected` versions, each with the reason, are never chosen unless they are named.
     """
@@ -44,11 +50,25 @@ def candidates(versions: Mapping[int, Manifest], policy: Policy) -> tuple[int, .
         return (policy.version,) if policy.version is not None and policy.version in versions else ()
     if policy.kind is VersionPolicy.BEST:
         complete.sort(key=lambda v: _merit(versions[v]), reverse=True)
-    elif policy.kind is VersionPolicy.MANUAL and policy.version is not None:
+    elif policy.kind in NAMING and policy.version is not None:
         older = [v for v in complete if v < policy.version]
         named = [policy.version] if policy.version in versions else []
         return (*named, *older) or tuple(complete)
     return (*complete, *in_training)
+
+
+def shadow(versions: Mapping[int, Manifest], policy: Policy, serving: int) -> int | None:
+    """The version that sees what the `serving` one answers, so that they can be compared; None: no other one does.
+
+    Where a version is named, that is the newest that came after it; where the newest serves and is to be called back
+    if it is worse, it is the one that would take its place.
+    """
+    if policy.kind in (VersionPolicy.MANUAL, VersionPolicy.PROMOTE_WHEN_BETTER):
+        newer = [v for v in versions if v > serving and versions[v].complete and v not in policy.rejected]
+        return max(newer, default=None)
+    if policy.kind is VersionPolicy.ROLLBACK_WHEN_WORSE:
+        return next((v for v in candidates(versions, policy) if v < serving and versions[v].complete), None)
+    return None
 
 
 def _merit(manifest: Manifest) -> tuple[float, float, int]:
@@ -65,7 +85,7 @@ def why(policy: Policy, before: int, after: int) -> str:
         return f"version {before} was rejected: {policy.rejected[before]}"
     if not after:
         return f"version {before} is gone"
-    if after == policy.version and policy.kind is not VersionPolicy.LATEST:
+    if after == policy.version and policy.kind in NAMING:
         return "it is pinned" if policy.kind is VersionPolicy.PINNED else "it was chosen"
     if policy.kind is VersionPolicy.BEST:
         return "it is the best"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from backboned.registry.errors import BackbonedError, invalid
 from backboned.server.serving.admission import Admission
-from backboned.server.serving.calls import Call, Pixels, Prepared, Result
+from backboned.server.serving.calls import Call, Pixels, Prepared, Result, Target
 from backboned.server.serving.choose import Chooser, tap_of
 from backboned.server.serving.engine import Engine
+from backboned.server.serving.outcomes import Answers, Outcomes
 from backboned.server.serving.queue import Group
-from backboned.server.serving.rank import correct, rank, truths
+from backboned.server.serving.rank import check_labels, rank
 from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.tree import Answer
@@ -21,8 +22,16 @@ MAX_IMAGES = 256
 class Predictor:
     """Answers calls. For one event loop."""
 
-    def __init__(self, chooser: Chooser, engine: Engine, admission: Admission, telemetry: ServingTelemetry) -> None:
+    def __init__(
+        self,
+        chooser: Chooser,
+        engine: Engine,
+        admission: Admission,
+        outcomes: Outcomes,
+        telemetry: ServingTelemetry,
+    ) -> None:
         self._chooser = chooser
+        self._outcomes = outcomes
         self._engine = engine
         self._admission = admission
         self._telemetry = telemetry
@@ -48,39 +57,62 @@ class Predictor:
 
     async def _answer(self, models: Sequence[LoadedModel], call: Call) -> tuple[Result, ...]:
         _check(call, models)
-        labels = [truths(model.manifest, call.labels) for model in models]
+        for model in models:
+            check_labels(model.manifest, call.labels)
+        shadows = [self._shadow(target, model) for target, model in zip(call.targets, models, strict=True)]
         size = sum(map(_size, call.images))
         with self._admission.admit(call.targets[0].model, len(call.images), size, call.patience_seconds):
-            answers = await self._compute(models, call)
+            answers, seen = await self._compute(models, shadows, call)
         results = []
-        for model, given, truth in zip(models, answers, labels, strict=True):
-            task, ranked = model.manifest.task, rank(model, given, call.top_k)
-            for answer, label in zip(given, truth, strict=False):
-                loss = task.loss(model.calibrated(answer.logits[None]), label[None]).item()
-                self._telemetry.serving_loss(model.manifest.model, "serving", loss, correct(task, answer.logits, label))
+        for place, model in enumerate(models):
+            ranked = rank(model, answers[place], call.top_k)
+            told = Answers.of(model, answers[place], shadows[place], seen[place])
+            self._outcomes.answered(told, ranked, call.labels)
             results.append(Result(model.manifest.model, model.manifest.version, ranked))
         return tuple(results)
 
-    async def _compute(self, models: Sequence[LoadedModel], call: Call) -> list[list[Answer]]:
-        """For each model an answer for each image. Models of one group look at an image together."""
+    def _shadow(self, target: Target, model: LoadedModel) -> LoadedModel | None:
+        """What looks at a call's images beside `model`.
+
+        One that shares all but its head costs next to nothing; any other one looks only while nobody waits.
+        """
+        shadow = self._chooser.shadow(target, model)
+        if shadow is None or Group.of(shadow) != Group.of(model):
+            return None
+        shares = all(a is b for a, b in zip(model.path[:-1], shadow.path[:-1], strict=True))
+        return shadow if shares or self._engine.depth() < self._engine.lanes else None
+
+    async def _compute(
+        self, models: Sequence[LoadedModel], shadows: Sequence[LoadedModel | None], call: Call
+    ) -> tuple[list[list[Answer]], list[list[Answer]]]:
+        """For each model an answer for each image, and for each shadow one where it has one.
+
+        Models of one group look at an image together.
+        """
         groups: dict[Group, list[int]] = {}
         for place, model in enumerate(models):
             groups.setdefault(Group.of(model), []).append(place)
         answers: list[list[Answer]] = [[] for _ in models]
+        seen: list[list[Answer]] = [[] for _ in models]
         futures: dict[Group, list[asyncio.Future[tuple[Answer, ...]]]] = {}
         try:
             for group, places in groups.items():
                 tap = tap_of(models[places[0]], call.embedding_stage, call.embedding)
-                futures[group] = self._engine.submit([models[place] for place in places], call.images, tap)
+                beside = [shadow for place in places if (shadow := shadows[place]) is not None]
+                futures[group] = self._engine.submit([models[place] for place in places], call.images, tap, beside)
             for group, places in groups.items():
+                with_shadow = [place for place in places if shadows[place] is not None]
                 for index, future in enumerate(futures[group]):
-                    for place, answer in zip(places, await _of_image(future, index), strict=True):
+                    given = await _of_image(future, index)
+                    for place, answer in zip(places, given[: len(places)], strict=True):
                         answers[place].append(answer)
+                    for place, answer in zip(with_shadow, given[len(places) :], strict=True):
+                        seen[place].append(answer)
         finally:
             for future in (f for each in futures.values() for f in each):
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # it has been seen: another image's error is the one that is told
-        return answers
+        return answers, seen
 
 
 async def _of_image(future: "asyncio.Future[tuple[Answer, ...]]", index: int) -> tuple[Answer, ...]:

@@ -34,14 +34,16 @@ class Group(NamedTuple):
 class Item:
     """One image on its way through `models`, all of one group; `future` belongs to the event loop.
 
-    `tap` is the place in the models' paths whose pooled output is the embedding, if one is wanted. `image` is
-    `[3, crop, crop]` uint8 once it is prepared.
+    `tap` is the place in the models' paths whose pooled output is the embedding, if one is wanted. The `shadows`, of
+    the same group, see the image too; their failure is nobody's. `image` is `[3, crop, crop]` uint8 once it is
+    prepared.
     """
 
     models: tuple[LoadedModel, ...]
     source: bytes | Pixels | Prepared
     future: "asyncio.Future[tuple[Answer, ...]]"
     tap: int | None = None
+    shadows: tuple[LoadedModel, ...] = ()
     image: Tensor | None = None
     queued_at: float = field(default_factory=time.monotonic)
 

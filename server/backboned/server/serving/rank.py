@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backboned.registry.errors import invalid, not_found
+from backboned.registry.errors import BackbonedError, invalid, not_found
 from backboned.registry.manifest import Manifest
 from backboned.registry.task import Task
 from backboned.server.serving.calls import Prediction
@@ -45,9 +45,25 @@ def _doubts(model: LoadedModel, probabilities: Tensor, answers: Sequence[Answer]
     return list(zip(unsure.tolist(), far, strict=True))
 
 
-def truths(manifest: Manifest, labels: Sequence[str]) -> list[Tensor]:
-    """Each label as the task's loss takes it. Raises `BackbonedError` for one that is no class of the model."""
-    return [_truth(manifest.task, manifest.classes, label, index) for index, label in enumerate(labels)]
+def check_labels(manifest: Manifest, labels: Sequence[str]) -> None:
+    """Raise `BackbonedError` for a label that is no class of the model."""
+    for index, label in enumerate(labels):
+        if isinstance(error := truth_of(manifest, label), BackbonedError):
+            raise invalid(f"labels[{index}]: {error.message}", field=f"labels[{index}]")
+
+
+def truth_of(manifest: Manifest, label: str) -> Tensor | BackbonedError:
+    """A label as the task's loss takes it, or why it can't be one of the model's."""
+    names = [n for n in label.split("|") if n] if manifest.task is Task.MULTI_LABEL else [label]
+    for name in names:
+        if name not in manifest.classes:
+            return not_found("label", name, manifest.classes)
+    indices = [manifest.classes.index(n) for n in names]
+    if manifest.task is not Task.MULTI_LABEL:
+        return torch.tensor(indices[0])
+    truth = torch.zeros(len(manifest.classes))
+    truth[indices] = 1.0
+    return truth
 
 
 def correct(task: Task, logits: Tensor, truth: Tensor) -> bool:
@@ -56,17 +72,3 @@ def correct(task: Task, logits: Tensor, truth: Tensor) -> bool:
     if task is Task.MULTI_LABEL:
         return bool(((probabilities > 0.5) == truth.bool()).all())
     return int(probabilities.argmax()) == int(truth)
-
-
-def _truth(task: Task, classes: Sequence[str], label: str, index: int) -> Tensor:
-    names = [n for n in label.split("|") if n] if task is Task.MULTI_LABEL else [label]
-    for name in names:
-        if name not in classes:
-            error = not_found("label", name, classes)
-            raise invalid(f"labels[{index}]: {error.message}", field=f"labels[{index}]")
-    indices = [classes.index(n) for n in names]
-    if task is not Task.MULTI_LABEL:
-        return torch.tensor(indices[0])
-    truth = torch.zeros(len(classes))
-    truth[indices] = 1.0
-    return truth

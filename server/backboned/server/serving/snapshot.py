@@ -12,7 +12,7 @@ from torch import Tensor
 from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
-from backboned.server.serving.policy import Policy, candidates
+from backboned.server.serving.policy import Policy, candidates, shadow
 
 
 class State(Enum):
@@ -85,6 +85,13 @@ class KnownModel:
     def latest(self) -> LoadedModel | None:
         """The newest loaded version that is complete, else the newest, whatever the policy."""
         return self._first(Policy())
+
+    @cached_property
+    def shadow(self) -> LoadedModel | None:
+        """What sees the images that `default` answers, too."""
+        loaded = {v: known.manifest for v, known in self.versions.items() if known.loaded is not None}
+        number = shadow(loaded, self.policy, self.serving) if self.serving else None
+        return None if number is None else self.versions[number].loaded
 
     @property
     def serving(self) -> int:

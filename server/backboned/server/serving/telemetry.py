@@ -18,6 +18,12 @@ class ServingTelemetry(Protocol):
     def serving_loss(self, model: str, role: str, loss: float, correct: bool) -> None:
         """The loss of one labelled prediction, and whether it was right."""
 
+    def shadow_answers(self, model: str, agreeing: int, others: int) -> None:
+        """So many answers of a version and its shadow said the same, and so many didn't."""
+
+    def decided(self, model: str, result: str) -> None:
+        """By outcomes a version was `promoted`, `rejected` before it served, or `rolled_back`."""
+
     def checkpoint_load(self, result: str, seconds: float) -> None:
         """A checkpoint was `loaded`, `adopted`, or found to be `quarantined`."""
 

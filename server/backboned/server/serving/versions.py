@@ -10,7 +10,7 @@ from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_fo
 from backboned.server.serving.aliases import LATEST
 from backboned.server.serving.history import Change, Entry
 from backboned.server.serving.loader import Loader, not_loaded
-from backboned.server.serving.policy import VersionPolicy, candidates
+from backboned.server.serving.policy import NAMING, VersionPolicy, candidates
 from backboned.server.serving.records import Records
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, Snapshot, State
 
@@ -64,10 +64,10 @@ class Versions:
         return await asyncio.to_thread(self._history.entries, name)
 
     async def choose(self, name: str, kind: VersionPolicy, version: int | None, actor: str) -> KnownModel:
-        """Set the policy of a model; PINNED and MANUAL begin with `version`, or with the one that serves now."""
+        """Set the policy of a model; those that name a version begin with `version`, or with what serves now."""
         async with self._turn:
             model = await self.model(name)
-            if kind in (VersionPolicy.LATEST, VersionPolicy.BEST):
+            if kind not in NAMING:
                 if version is not None:
                     raise invalid(f"policy {kind.value} chooses the version itself: leave it out", field="version")
             else:
@@ -101,6 +101,26 @@ class Versions:
             await asyncio.to_thread(self._decisions.reject, name, serving, reason, instead=previous)
             await self._note(Entry(name, Change.REJECTED, previous, serving, actor=actor, reason=reason))
             return await self._changed(name)
+
+    async def promote(self, name: str, version: int, instead_of: int, reason: str, actor: str) -> None:
+        """Answer by `version` from now on, unless something else than `instead_of` serves meanwhile."""
+        async with self._turn:
+            model = await self.model(name)
+            if model.serving != instead_of:
+                return
+            await self._load(name, version)
+            await asyncio.to_thread(self._decisions.choose, name, model.policy.kind, version)
+            await self._note(Entry(name, Change.PROMOTED, version, instead_of, actor=actor, reason=reason))
+            await self._changed(name)
+
+    async def reject(self, name: str, version: int, serving: int, reason: str, actor: str) -> None:
+        """Never choose `version`, which doesn't serve, unless something else than `serving` does meanwhile."""
+        async with self._turn:
+            if (await self.model(name)).serving != serving:
+                return
+            await asyncio.to_thread(self._decisions.reject, name, version, reason, instead=serving)
+            await self._note(Entry(name, Change.REJECTED, serving, version, actor=actor, reason=reason))
+            await self._changed(name)
 
     async def set_alias(self, name: str, alias: str, version: int, expected: int | None, actor: str) -> KnownModel:
         """Point an alias."""
@@ -185,6 +205,8 @@ class Versions:
         pointing = sorted(a for a, v in self._aliases.of(model.name).items() if v == version)
         if version in (model.serving, model.policy.version, *candidates(manifests, model.policy)[:1]):
             return "serves"
+        if model.shadow is not None and model.shadow.manifest.version == version:
+            return "is compared with the one that serves"
         return f"has the alias {pointing[0]!r}" if pointing else ""
 
     async def _load(self, name: str, version: int) -> None:

@@ -1,0 +1,24 @@
+"""What outcomes say of versions, as messages."""
+
+from backboned.server.serving.comparison import Interval, Sums, Tally
+from backboned.v1 import model_service_pb2 as pb
+
+
+def comparison_message(tally: Tally) -> pb.Comparison:
+    """A tally as a message."""
+    return pb.Comparison(
+        outcomes=tally.serving.count,
+        serving=_figures(tally.serving),
+        shadow=_figures(tally.shadow),
+        gain=_estimate(tally.gain) if tally.shadow.count else None,
+        answers=tally.answers,
+        agreements=tally.agreements,
+    )
+
+
+def _figures(sums: Sums) -> pb.Figures | None:
+    return pb.Figures(loss=_estimate(sums.loss), accuracy=_estimate(sums.accuracy)) if sums.count else None
+
+
+def _estimate(interval: Interval) -> pb.Estimate:
+    return pb.Estimate(value=interval.value, low=interval.low, high=interval.high)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from backboned.server.training.events import JobState, StateChanged
 from backboned.server.training.spec import TrainerSpec
@@ -34,8 +35,12 @@ async def kill(process: TrainerProcess) -> str:
     return await process.ended()
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def standby() -> AsyncIterator[Standby]:
+    """Torch is imported once, unless a test ends the process that did."""
     standby = Standby(())
     yield standby
     standby.close()

@@ -10,6 +10,8 @@ from backboned.server.database import open_database
 from backboned.server.serving.comparison import Score
 from backboned.server.serving.remembered import Memory, Pair, Remembered
 
+ALONE = Pair("m", 1, "first")
+BOTH = Pair("m", 1, "first", 2, "second")
 SCORES = (Score(1.0, right=False), Score(0.5, right=True))
 
 
@@ -20,19 +22,19 @@ def database(tmp_path: Path) -> Iterator[Engine]:
     database.dispose()
 
 
-def answer(number: int, *, shadow: int = 2, size: int = 20, **more: object) -> Remembered:
-    seen = b"s" * size if shadow else b""
-    return Remembered(f"{number:024x}", "m", 1, b"a" * size, shadow, seen, **more)  # type: ignore[arg-type]
+def answer(number: int, *, shadow: bool = True, size: int = 20, **more: object) -> Remembered:
+    pair, seen = (BOTH, b"s" * size) if shadow else (ALONE, b"")
+    return Remembered(f"{number:024x}", pair, b"a" * size, seen, **more)  # type: ignore[arg-type]
 
 
 def test_what_was_remembered_is_found_after_a_restart(database: Engine) -> None:
     memory = Memory(database, 2**20)
     memory.start()
-    memory.remember([answer(1), answer(2, shadow=0)])
+    memory.remember([answer(1), answer(2, shadow=False)])
     memory.stop()
     again = Memory(database, 2**20)
     assert again.find([f"{n:024x}" for n in (1, 2, 3)]) == {
-        f"{n:024x}": a for n, a in ((1, answer(1)), (2, answer(2, shadow=0)))
+        f"{n:024x}": a for n, a in ((1, answer(1)), (2, answer(2, shadow=False)))
     }
 
 
@@ -43,7 +45,7 @@ def test_an_outcome_is_counted_and_known_from_then_on(database: Engine) -> None:
     memory.count([(found, SCORES)])
     assert memory.find([found.id])[found.id].known
     for each in (memory, Memory(database, 2**20)):
-        tally = each.tallies()[Pair("m", 1, 2)]
+        tally = each.tallies()[BOTH]
         assert (tally.serving.count, tally.shadow.count, tally.gain.value) == (1, 1, 0.5)
         assert (tally.answers, tally.agreements) == (1, 0)
 
@@ -53,7 +55,7 @@ def test_a_truth_that_comes_with_its_image_is_counted_when_it_is_written(databas
     memory.remember([answer(1, scores=SCORES, agrees=True), answer(2, scores=(SCORES[0], None)), answer(3)])
     known = {each.id: each.known for each in memory.find([answer(n).id for n in (1, 2, 3)]).values()}
     assert list(known.values()) == [True, True, False]
-    both, alone = (memory.tallies()[pair] for pair in (Pair("m", 1, 2), Pair("m", 1)))
+    both, alone = (memory.tallies()[pair] for pair in (BOTH, ALONE))
     assert (both.serving.count, both.shadow.count, both.answers, both.agreements) == (1, 1, 3, 1)
     assert (alone.serving.count, alone.shadow.count) == (1, 0)
 
@@ -74,7 +76,7 @@ def test_without_room_nothing_is_kept_and_truths_that_come_along_are_counted(dat
     memory = Memory(database, 0)
     memory.remember([answer(1, scores=SCORES)])
     assert memory.find([answer(1).id]) == {}
-    assert memory.tallies()[Pair("m", 1, 2)].shadow.count == 1
+    assert memory.tallies()[BOTH].shadow.count == 1
 
 
 def test_a_database_that_cannot_be_written_costs_answers_and_nothing_else(
@@ -87,12 +89,3 @@ def test_a_database_that_cannot_be_written_costs_answers_and_nothing_else(
     memory.remember([answer(1)])
     memory.stop()
     assert "answers can't be remembered: no such table" in caplog.text
-
-
-def test_a_model_is_forgotten(database: Engine) -> None:
-    memory = Memory(database, 2**20)
-    memory.remember([answer(1, scores=SCORES)])
-    memory.find([])
-    memory.forget("m")
-    assert memory.find([answer(1).id]) == {}
-    assert not memory.tallies() and not Memory(database, 2**20).tallies()

@@ -15,7 +15,6 @@ from backboned.server.serving.history import Entry
 from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.policy import VersionPolicy
 from backboned.server.serving.records import Records
-from backboned.server.serving.remembered import Pair
 from backboned.server.serving.snapshot import KnownModel
 from backboned.server.serving.versions import Versions
 from backboned.v1 import model_service_pb2 as pb
@@ -112,7 +111,7 @@ class VersionService(pb_grpc.ModelServiceServicer):
             model, self._directory, self._records.aliases.of(name), self._records.decisions.split(name)
         )
         message.shadow_version = shadow
-        message.comparison.CopyFrom(comparison_message(self._outcomes.tally(Pair(name, model.serving, shadow))))
+        message.comparison.CopyFrom(comparison_message(self._outcomes.tally(model)))
         return message
 
     async def _entries(self, name: str) -> list[Entry]:

@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
-from backboned.registry.errors import BackbonedError, invalid
+from backboned.registry.errors import BackbonedError, ErrorKind, invalid
 from backboned.registry.manifest import Manifest
 from backboned.server.serving.calls import Prediction
 from backboned.server.serving.comparison import LARGEST_LOSS, Score, Tally
 from backboned.server.serving.rank import correct, truth_of
 from backboned.server.serving.remembered import Memory, Pair, Remembered
-from backboned.server.serving.snapshot import LoadedModel, Snapshot
+from backboned.server.serving.snapshot import KnownModel, LoadedModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.tree import Answer
 
@@ -64,6 +65,7 @@ class Outcomes:
         rows = _bytes(answers.logits)
         shadow_rows = [b""] * len(rows) if answers.shadow_logits is None else _bytes(answers.shadow_logits)
         agree = _agree(answers)
+        pair = pair_of(answers.model, answers.shadow)
         remembered = []
         for place, prediction in enumerate(predictions):
             scores = None
@@ -71,14 +73,11 @@ class Outcomes:
                 shadow_logits = None if answers.shadow_logits is None else answers.shadow_logits[place]
                 scores = _scores(labels[place], (model, answers.logits[place]), (shadow, shadow_logits))
                 self._tell(model.model, scores)
-            seen = shadow is not None and bool(shadow_rows[place])
             remembered.append(
                 Remembered(
                     prediction.id,
-                    model.model,
-                    model.version,
+                    pair if shadow_rows[place] else pair.alone,
                     rows[place],
-                    shadow.version if shadow is not None and seen else 0,
                     shadow_rows[place],
                     scores=scores,
                     agrees=agree[place],
@@ -97,18 +96,24 @@ class Outcomes:
         if len(outcomes) > MAX_OUTCOMES:
             raise invalid(f"{len(outcomes)} outcomes in one call; send at most {MAX_OUTCOMES}", field="outcomes")
         ids = [each for each in outcomes if _is_id(each)]
-        async with self._turn:
-            found = await asyncio.to_thread(self._memory.find, ids)
-            scored = await asyncio.to_thread(self._score, outcomes, found)
-            await asyncio.to_thread(self._memory.count, [(found[each], scores) for each, scores in scored.items()])
+        try:
+            async with self._turn:
+                found = await asyncio.to_thread(self._memory.find, ids)
+                scored = await asyncio.to_thread(self._score, outcomes, found)
+                await asyncio.to_thread(self._memory.count, [(found[each], scores) for each, scores in scored.items()])
+        except SQLAlchemyError as error:
+            why = getattr(error, "orig", None) or error
+            raise BackbonedError(ErrorKind.UNAVAILABLE, f"outcomes can't be counted now: {why}") from error
         for each, scores in scored.items():
-            self._tell(found[each].model, scores)
+            self._tell(found[each].pair.model, scores)
         known = {each for each in found if found[each].known or each in scored}
         return len(scored), [each for each in outcomes if each not in known]
 
-    def tally(self, pair: Pair) -> Tally:
-        """What is known of two versions."""
-        return self._memory.tallies().get(pair, Tally())
+    def tally(self, model: KnownModel) -> Tally:
+        """What is known of the version that serves a model, and of its shadow."""
+        if model.default is None:
+            return Tally()
+        return self._memory.tallies().get(pair_of(model.default, model.shadow), Tally())
 
     def _score(
         self, outcomes: Mapping[str, str], found: Mapping[str, Remembered]
@@ -118,28 +123,39 @@ class Outcomes:
             answer = found.get(each)
             if answer is None or answer.known:
                 continue
-            manifest = self._manifest(answer.model, answer.version)
-            if manifest is None:
+            pair = answer.pair
+            manifest, logits = self._side(pair.model, pair.version, answer.logits)
+            if manifest is None or logits is None:
                 continue  # it was deleted
-            shadow = self._manifest(answer.model, answer.shadow_version)
-            shadow_logits = None if shadow is None else _logits(answer.shadow_logits)
             try:
-                logits = _logits(answer.logits)
-                if logits is not None:
-                    scored[each] = _scores(label, (manifest, logits), (shadow, shadow_logits))
+                shadow = self._side(pair.model, pair.shadow_version, answer.shadow_logits)
+                scored[each] = _scores(label, (manifest, logits), shadow)
             except BackbonedError as error:
                 raise invalid(f"outcomes[{place}]: {error.message}", field=f"outcomes[{place}].label") from error
         return scored
 
-    def _manifest(self, name: str, version: int) -> Manifest | None:
+    def _side(self, name: str, version: int, data: bytes) -> "_Side":
+        """The manifest and the logits of a version; neither, if there is none that they could be of."""
         model = self._snapshot().models.get(name)
         known = None if model is None else model.versions.get(version)
-        return None if known is None else known.manifest
+        if known is None or not data:
+            return None, None
+        logits = torch.frombuffer(bytearray(data), dtype=torch.float16).float()
+        fits = len(logits) == known.manifest.task.outputs(len(known.manifest.classes))
+        return (known.manifest, logits) if fits else (None, None)
 
     def _tell(self, model: str, scores: tuple[Score, Score | None]) -> None:
         for role, score in zip(("serving", "shadow"), scores, strict=True):
             if score is not None:
                 self._telemetry.serving_loss(model, role, score.loss, score.right)
+
+
+def pair_of(model: LoadedModel, shadow: LoadedModel | None) -> Pair:
+    """A loaded version and its shadow."""
+    pair = Pair(model.manifest.model, model.manifest.version, model.sha256)
+    if shadow is None:
+        return pair
+    return replace(pair, shadow_version=shadow.manifest.version, shadow_digest=shadow.sha256)
 
 
 _Side = tuple[Manifest | None, Tensor | None]
@@ -189,10 +205,6 @@ def _bytes(logits: Tensor) -> list[bytes]:
     rows = logits.clamp(-60_000, 60_000).half().numpy()
     finite = logits.isfinite().all(1).tolist()
     return [row.tobytes() if good else b"" for row, good in zip(rows, finite, strict=True)]
-
-
-def _logits(data: bytes) -> Tensor | None:
-    return torch.frombuffer(bytearray(data), dtype=torch.float16).float() if data else None
 
 
 def _is_id(text: str) -> bool:

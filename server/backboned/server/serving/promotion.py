@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import logging
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from backboned.registry.errors import BackbonedError
 from backboned.server.serving.comparison import Tally, Verdict
 from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.policy import VersionPolicy
-from backboned.server.serving.remembered import Pair
 from backboned.server.serving.snapshot import KnownModel
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.versions import Versions
@@ -27,6 +28,7 @@ class Promoter:
         self._outcomes = outcomes
         self._telemetry = telemetry
         self._task: asyncio.Task[None] | None = None
+        self._trouble: dict[str, str] = {}
 
     def start(self) -> None:
         """Begin."""
@@ -45,16 +47,17 @@ class Promoter:
             for model in list(self._versions.known().values()):
                 try:
                     await self._consider(model)
-                except BackbonedError as error:  # such as a version that is being deleted: outcomes stay, and so this
-                    log.warning("%s: outcomes aren't acted on: %s", model.name, error.message)
-                except Exception:  # a database that can't be written, say; it is tried again
-                    log.exception("outcomes of %s can't be acted on", model.name)
+                    self._trouble.pop(model.name, None)
+                except (BackbonedError, SQLAlchemyError) as error:  # it is tried again
+                    if self._trouble.get(model.name) != str(error):
+                        log.warning("outcomes of %s can't be acted on yet: %s", model.name, error)
+                    self._trouble[model.name] = str(error)
 
     async def _consider(self, model: KnownModel) -> None:
         if model.shadow is None:
             return
         shadow = model.shadow.manifest.version
-        tally = self._outcomes.tally(Pair(model.name, model.serving, shadow))
+        tally = self._outcomes.tally(model)
         verdict = tally.verdict
         if verdict is Verdict.OPEN:
             return

@@ -52,8 +52,10 @@ class _Answer(_Base):
     time: Mapped[float] = mapped_column(Float)
     model: Mapped[str] = mapped_column(String(63))
     version: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
     logits: Mapped[bytes] = mapped_column(LargeBinary)
     shadow_version: Mapped[int] = mapped_column(BigInteger)
+    shadow_digest: Mapped[str] = mapped_column(String(64))
     shadow_logits: Mapped[bytes] = mapped_column(LargeBinary)
     known: Mapped[bool] = mapped_column(Boolean)
 
@@ -62,7 +64,9 @@ class _Tally(_Base):
     __tablename__ = "tallies"
     model: Mapped[str] = mapped_column(String(63), primary_key=True)
     version: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     shadow_version: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    shadow_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     count: Mapped[int] = mapped_column(Integer, default=0)
     losses: Mapped[float] = mapped_column(Float, default=0.0)
     squares: Mapped[float] = mapped_column(Float, default=0.0)
@@ -86,28 +90,31 @@ class Remembered:
     """
 
     id: str
-    model: str
-    version: int
+    pair: "Pair"
     logits: bytes
-    shadow_version: int = 0
     shadow_logits: bytes = b""
     known: bool = False
     agrees: bool = False
     scores: Scores | None = None
 
-    @property
-    def pair(self) -> "Pair":
-        """Who answered."""
-        return Pair(self.model, self.version, self.shadow_version)
-
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """A model, the version that serves it, and the one that is its shadow; 0: none."""
+    """A model, the version that serves it, and the one that is its shadow; 0: none.
+
+    The digests of their checkpoints tell them from others that have had, or will have, the same numbers.
+    """
 
     model: str
     version: int
+    digest: str = ""
     shadow_version: int = 0
+    shadow_digest: str = ""
+
+    @property
+    def alone(self) -> "Pair":
+        """The same without the shadow."""
+        return Pair(self.model, self.version, self.digest)
 
 
 class Memory:
@@ -159,13 +166,7 @@ class Memory:
             for part in _parts(ids):
                 for row in session.scalars(select(_Answer).where(_Answer.id.in_(part))):
                     found[row.id.hex()] = Remembered(
-                        row.id.hex(),
-                        row.model,
-                        row.version,
-                        row.logits,
-                        row.shadow_version,
-                        row.shadow_logits,
-                        row.known,
+                        row.id.hex(), _pair(row), row.logits, row.shadow_logits, known=row.known
                     )
         return found
 
@@ -180,13 +181,6 @@ class Memory:
                     session.execute(update(_Answer).where(_Answer.id.in_(part)).values(known=True))
                 _write_tallies(session, changed)
             self._tallies = {**self._tallies, **changed}
-
-    def forget(self, model: str) -> None:
-        """The model is gone."""
-        with self._writing, Session(self._database) as session, session.begin():
-            session.execute(delete(_Answer).where(_Answer.model == model))
-            session.execute(delete(_Tally).where(_Tally.model == model))
-            self._tallies = {pair: tally for pair, tally in self._tallies.items() if pair.model != model}
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_SECONDS):
@@ -241,19 +235,15 @@ class Memory:
 
     def _read_tallies(self) -> Mapping[Pair, Tally]:
         with Session(self._database) as session:
-            return {
-                Pair(row.model, row.version, row.shadow_version): _tally(row) for row in session.scalars(select(_Tally))
-            }
+            return {_pair(row): _tally(row) for row in session.scalars(select(_Tally))}
 
 
 def _row(answer: Remembered, now: float) -> dict[str, object]:
     return {
         "id": bytes.fromhex(answer.id),
         "time": now,
-        "model": answer.model,
-        "version": answer.version,
+        **vars(answer.pair),
         "logits": answer.logits,
-        "shadow_version": answer.shadow_version,
         "shadow_logits": answer.shadow_logits,
         "known": answer.known or answer.scores is not None,
     }
@@ -267,7 +257,7 @@ def _with_answers(tallies: Mapping[Pair, Tally], answers: Iterable[Remembered]) 
     """The tallies of those pairs that these are of, with them."""
     changed: dict[Pair, Tally] = {}
     for answer in answers:
-        if answer.shadow_version:
+        if answer.pair.shadow_version:
             tally = changed.get(answer.pair) or tallies.get(answer.pair) or Tally()
             changed[answer.pair] = replace(
                 tally, answers=tally.answers + 1, agreements=tally.agreements + int(answer.agrees)
@@ -279,9 +269,13 @@ def _with_answers(tallies: Mapping[Pair, Tally], answers: Iterable[Remembered]) 
 
 def _count(tallies: Mapping[Pair, Tally], changed: dict[Pair, Tally], pair: Pair, scores: Scores) -> None:
     """One outcome more. Where there is no score of the shadow, it counts for the version that answered alone."""
-    pair = pair if scores[1] is not None else replace(pair, shadow_version=0)
+    pair = pair if scores[1] is not None else pair.alone
     tally = changed.get(pair) or tallies.get(pair) or Tally()
     changed[pair] = tally.plus(*scores)
+
+
+def _pair(row: _Answer | _Tally) -> Pair:
+    return Pair(row.model, row.version, row.digest, row.shadow_version, row.shadow_digest)
 
 
 def _tally(row: _Tally) -> Tally:
@@ -299,9 +293,7 @@ def _write_tallies(session: Session, tallies: Mapping[Pair, Tally]) -> None:
     for pair, tally in tallies.items():
         session.merge(
             _Tally(
-                model=pair.model,
-                version=pair.version,
-                shadow_version=pair.shadow_version,
+                **vars(pair),
                 count=tally.serving.count,
                 losses=tally.serving.losses,
                 squares=tally.serving.squares,

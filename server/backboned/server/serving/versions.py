@@ -103,10 +103,10 @@ class Versions:
             return await self._changed(name)
 
     async def promote(self, name: str, version: int, instead_of: int, reason: str, actor: str) -> None:
-        """Answer by `version` from now on, unless something else than `instead_of` serves meanwhile."""
+        """Answer by `version`, which is better, unless `instead_of` serves no more, or another policy holds."""
         async with self._turn:
             model = await self.model(name)
-            if model.serving != instead_of:
+            if model.serving != instead_of or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
                 return
             await self._load(name, version)
             await asyncio.to_thread(self._decisions.choose, name, model.policy.kind, version)
@@ -114,9 +114,10 @@ class Versions:
             await self._changed(name)
 
     async def reject(self, name: str, version: int, serving: int, reason: str, actor: str) -> None:
-        """Never choose `version`, which doesn't serve, unless something else than `serving` does meanwhile."""
+        """Never choose `version`, which is worse, unless `serving` serves no more, or another policy holds."""
         async with self._turn:
-            if (await self.model(name)).serving != serving:
+            model = await self.model(name)
+            if model.serving != serving or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
                 return
             await asyncio.to_thread(self._decisions.reject, name, version, reason, instead=serving)
             await self._note(Entry(name, Change.REJECTED, serving, version, actor=actor, reason=reason))

@@ -30,7 +30,7 @@ demo: $(INSTALLED) ## fine-tune, hot-load and predict on handwritten digits, off
 	@$(BIN)/backboned demo
 
 test: $(INSTALLED) ## run the tests, two files at a time (TESTS="tests/registry -k digest" runs some)
-	@$(BIN)/python -m pytest $(or $(TESTS),--numprocesses 2 --dist loadfile)
+	@$(BIN)/python -m pytest $(or $(TESTS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH=benchmarks/NAME.py runs one)
 	@for bench in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do \

@@ -22,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._bench import Bench, Settings
 from benchmarks._extremes import overload, warm
 from benchmarks._report import plot, table
+from benchmarks._shadow import shadow
 from benchmarks._throughput import heads, mix, throughput
 
-PARTS = ("limit", "callers", "heads", "mix", "overload", "warm")
+PARTS = ("limit", "callers", "heads", "mix", "shadow", "overload", "warm")
 
 
 def main() -> int:
@@ -56,6 +57,8 @@ def _measure(bench: Bench, backbone: str, *, first: bool) -> None:
         heads(bench, backbone, counts)
     if "mix" in only and first:
         mix(bench, backbone)
+    if "shadow" in only and first:
+        shadow(bench, backbone)
     if "overload" in only and first:
         overload(bench, backbone)
     if "warm" in only and first:

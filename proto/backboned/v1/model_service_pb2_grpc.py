@@ -245,11 +245,10 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportOutcome(self, request, context):
-        """Tells the true labels of earlier predictions.
+        """Tells the true labels of earlier predictions. Ids that aren't known are told in the response.
 
-        NOT_FOUND            no prediction with such an id is remembered
-        INVALID_ARGUMENT     a label that isn't a class of the model
-        UNIMPLEMENTED        in this version of the daemon: send `labels` with Predict
+        INVALID_ARGUMENT     no outcomes, too many, or a label that isn't a class of the model; nothing is counted
+        UNAVAILABLE          they can't be counted now, as on a full disk
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -98,11 +98,10 @@ class ModelServiceStub:
     says which request of the stream it is about.
     """
     ReportOutcome: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ReportOutcomeRequest, _model_service_pb2.ReportOutcomeResponse]
-    """Tells the true labels of earlier predictions.
+    """Tells the true labels of earlier predictions. Ids that aren't known are told in the response.
 
-      NOT_FOUND            no prediction with such an id is remembered
-      INVALID_ARGUMENT     a label that isn't a class of the model
-      UNIMPLEMENTED        in this version of the daemon: send `labels` with Predict
+      INVALID_ARGUMENT     no outcomes, too many, or a label that isn't a class of the model; nothing is counted
+      UNAVAILABLE          they can't be counted now, as on a full disk
     """
     ListBackbones: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListBackbonesRequest, _model_service_pb2.ListBackbonesResponse]
     """The backbones that plugins offer, and the plugins that are broken, with the reason."""
@@ -255,11 +254,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     says which request of the stream it is about.
     """
     ReportOutcome: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ReportOutcomeRequest, _model_service_pb2.ReportOutcomeResponse]  # type: ignore[assignment]
-    """Tells the true labels of earlier predictions.
+    """Tells the true labels of earlier predictions. Ids that aren't known are told in the response.
 
-      NOT_FOUND            no prediction with such an id is remembered
-      INVALID_ARGUMENT     a label that isn't a class of the model
-      UNIMPLEMENTED        in this version of the daemon: send `labels` with Predict
+      INVALID_ARGUMENT     no outcomes, too many, or a label that isn't a class of the model; nothing is counted
+      UNAVAILABLE          they can't be counted now, as on a full disk
     """
     ListBackbones: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListBackbonesRequest, _model_service_pb2.ListBackbonesResponse]  # type: ignore[assignment]
     """The backbones that plugins offer, and the plugins that are broken, with the reason."""
@@ -463,11 +461,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ReportOutcomeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ReportOutcomeResponse, _abc.Awaitable[_model_service_pb2.ReportOutcomeResponse]]:
-        """Tells the true labels of earlier predictions.
+        """Tells the true labels of earlier predictions. Ids that aren't known are told in the response.
 
-          NOT_FOUND            no prediction with such an id is remembered
-          INVALID_ARGUMENT     a label that isn't a class of the model
-          UNIMPLEMENTED        in this version of the daemon: send `labels` with Predict
+          INVALID_ARGUMENT     no outcomes, too many, or a label that isn't a class of the model; nothing is counted
+          UNAVAILABLE          they can't be counted now, as on a full disk
         """
 
     @_abc_1.abstractmethod

@@ -85,6 +85,15 @@ async def test_a_shadow_that_failed_costs_nothing_but_its_own_score(make_desk: C
     assert desk.memory.find([asked])[asked].pair.shadow_version == 0
 
 
+async def test_an_answer_that_is_no_number_is_as_wrong_as_can_be(make_desk: Callable[..., Desk]) -> None:
+    desk = make_desk()
+    desk.answer(SURE * float("nan"), SURE, "ant")
+    desk.answer(SURE * float("inf"), SURE, "bee")
+    desk.memory.find([])
+    tally = desk.outcomes.tally(desk.model)
+    assert (tally.serving.count, tally.serving.loss.value, tally.serving.right) == (2, LARGEST_LOSS, 0)
+
+
 async def test_a_class_that_one_of_them_lacks_is_as_wrong_as_can_be(make_desk: Callable[..., Desk]) -> None:
     desk = make_desk(classes=("ant", "bee", "wasp", "fly"))
     asked = desk.answer(SURE, torch.tensor([0.0, 0.0, 0.0, 9.0]))

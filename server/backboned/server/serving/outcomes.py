@@ -1,6 +1,8 @@
 """What became of answers: the truth, sent along with the images or hours later, scores who answered and its shadow."""
 
 import asyncio
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid
 from backboned.registry.manifest import Manifest
+from backboned.registry.task import Task
 from backboned.server.serving.calls import Prediction
 from backboned.server.serving.comparison import LARGEST_LOSS, Score, Tally
 from backboned.server.serving.rank import correct, truth_of
@@ -180,6 +183,8 @@ def _score_of(manifest: Manifest, logits: Tensor, truth: Tensor | BackbonedError
     if isinstance(truth, BackbonedError):
         return Score(LARGEST_LOSS, right=False)
     loss = manifest.task.loss(logits[None], truth[None]).item()
+    if not math.isfinite(loss):
+        return Score(LARGEST_LOSS, right=False)
     return Score(min(loss, LARGEST_LOSS), correct(manifest.task, logits, truth))
 
 
@@ -195,8 +200,9 @@ def _agree(answers: Answers) -> list[bool]:
 def _said(manifest: Manifest, logits: Tensor) -> list[object]:
     """What each row says: its likeliest class, or with several labels all that are likelier than not."""
     probabilities = manifest.task.probabilities(logits)
-    if manifest.task.name == "MULTI_LABEL":
-        return [frozenset(c for c, p in zip(manifest.classes, row, strict=True) if p > 0.5) for row in probabilities]
+    if manifest.task is Task.MULTI_LABEL:
+        said = (probabilities > 0.5).tolist()
+        return [frozenset(itertools.compress(manifest.classes, row)) for row in said]
     return [manifest.classes[place] for place in probabilities.argmax(1).tolist()]
 
 

@@ -48,9 +48,10 @@ class Promoter:
                 try:
                     await self._consider(model)
                     self._trouble.pop(model.name, None)
-                except (BackbonedError, SQLAlchemyError) as error:  # it is tried again
+                except Exception as error:  # whatever it is costs no other model its turn; it is tried again
                     if self._trouble.get(model.name) != str(error):
-                        log.warning("outcomes of %s can't be acted on yet: %s", model.name, error)
+                        known = isinstance(error, BackbonedError | SQLAlchemyError)
+                        log.warning("outcomes of %s can't be acted on: %s", model.name, error, exc_info=not known)
                     self._trouble[model.name] = str(error)
 
     async def _consider(self, model: KnownModel) -> None:
@@ -63,18 +64,19 @@ class Promoter:
             return
         reason = why(tally, model.serving, shadow)
         if model.policy.kind is VersionPolicy.PROMOTE_WHEN_BETTER and verdict is Verdict.BETTER:
-            await self._versions.promote(model.name, shadow, model.serving, reason, ACTOR)
+            done = await self._versions.promote(model.name, shadow, model.serving, reason, ACTOR)
             result = "promoted"
         elif model.policy.kind is VersionPolicy.PROMOTE_WHEN_BETTER:
-            await self._versions.reject(model.name, shadow, model.serving, reason, ACTOR)
+            done = await self._versions.reject(model.name, shadow, model.serving, reason, ACTOR)
             result = "rejected"
         elif model.policy.kind is VersionPolicy.ROLLBACK_WHEN_WORSE and verdict is Verdict.BETTER:
             await self._versions.roll_back(model.name, model.serving, reason, ACTOR)
-            result = "rolled_back"
+            done, result = True, "rolled_back"
         else:
             return
-        log.info("%s: %s: %s", model.name, result, reason)
-        self._telemetry.decided(model.name, result)
+        if done:
+            log.info("%s: %s: %s", model.name, result, reason)
+            self._telemetry.decided(model.name, result)
 
 
 def why(tally: Tally, serving: int, shadow: int) -> str:

@@ -102,26 +102,28 @@ class Versions:
             await self._note(Entry(name, Change.REJECTED, previous, serving, actor=actor, reason=reason))
             return await self._changed(name)
 
-    async def promote(self, name: str, version: int, instead_of: int, reason: str, actor: str) -> None:
+    async def promote(self, name: str, version: int, instead_of: int, reason: str, actor: str) -> bool:
         """Answer by `version`, which is better, unless `instead_of` serves no more, or another policy holds."""
         async with self._turn:
             model = await self.model(name)
             if model.serving != instead_of or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
-                return
+                return False
             await self._load(name, version)
             await asyncio.to_thread(self._decisions.choose, name, model.policy.kind, version)
             await self._note(Entry(name, Change.PROMOTED, version, instead_of, actor=actor, reason=reason))
             await self._changed(name)
+            return True
 
-    async def reject(self, name: str, version: int, serving: int, reason: str, actor: str) -> None:
+    async def reject(self, name: str, version: int, serving: int, reason: str, actor: str) -> bool:
         """Never choose `version`, which is worse, unless `serving` serves no more, or another policy holds."""
         async with self._turn:
             model = await self.model(name)
             if model.serving != serving or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
-                return
+                return False
             await asyncio.to_thread(self._decisions.reject, name, version, reason, instead=serving)
             await self._note(Entry(name, Change.REJECTED, serving, version, actor=actor, reason=reason))
             await self._changed(name)
+            return True
 
     async def set_alias(self, name: str, alias: str, version: int, expected: int | None, actor: str) -> KnownModel:
         """Point an alias."""

@@ -1,10 +1,12 @@
 """Answers are kept until their truth is known: after a restart, within their room, counted once."""
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from backboned.server.database import open_database
 from backboned.server.serving.comparison import Score
@@ -89,3 +91,26 @@ def test_a_database_that_cannot_be_written_costs_answers_and_nothing_else(
     memory.remember([answer(1)])
     memory.stop()
     assert "answers can't be remembered: no such table" in caplog.text
+
+
+def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "answers.sqlite"
+    file.write_bytes(b"no database at all, but long enough to look at" * 100)
+    memory = Memory.open(file, 2**20)
+    memory.remember([answer(1)])
+    assert memory.find([answer(1).id])
+    memory.stop()
+    assert (tmp_path / "answers.damaged").read_bytes().startswith(b"no database")
+    assert "it is answers.damaged now" in caplog.text
+
+
+def test_a_locked_file_is_not_taken_for_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "answers.sqlite"
+    Memory.open(file, 2**20).stop()
+    monkeypatch.setattr("backboned.server.database._PRAGMAS", ("busy_timeout=10",))
+    with sqlite3.connect(file) as other:
+        other.execute("PRAGMA journal_mode=DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(OperationalError, match="locked"):
+            Memory.open(file, 2**20)
+    assert file.exists() and not (tmp_path / "answers.damaged").exists()

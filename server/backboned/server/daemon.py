@@ -124,8 +124,7 @@ class Daemon:
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
         chooser = Chooser(self.loader, records)
-        self._answers = open_database(config.state_dir / ANSWERS_NAME)
-        self._memory = Memory(self._answers, config.remember_answers)
+        self._memory = Memory.open(config.state_dir / ANSWERS_NAME, config.remember_answers)
         outcomes = Outcomes(self._memory, lambda: self.loader.snapshot, self.metrics)
         self.predictor = Predictor(chooser, self.engine, admission, outcomes, self.metrics)
         self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
@@ -204,7 +203,6 @@ class Daemon:
         self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
         await asyncio.to_thread(self._memory.stop)
-        self._answers.dispose()
         await self.http.stop()
 
     async def _see_version(self, *_: object) -> None:

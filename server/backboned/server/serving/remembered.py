@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sqlalchemy import (
     BigInteger,
@@ -24,15 +25,16 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from backboned.server.database import open_database
 from backboned.server.serving.comparison import Score, Sums, Tally
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.5
-_MOST_WAITING = 50_000
+_MOST_WAITING = 10_000
 _ROW_BYTES = 150
 _IDS_AT_ONCE = 500
 
@@ -137,16 +139,32 @@ class Memory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
+    @classmethod
+    def open(cls, file: Path, limit_bytes: int) -> "Memory":
+        """That in a database file. One that is damaged is put aside: answers are worth no daemon that doesn't start."""
+        try:
+            return cls(open_database(file), limit_bytes)
+        except DatabaseError as error:
+            if isinstance(error, OperationalError):  # locked, or the disk is full: then it isn't damaged
+                raise
+            aside = file.with_suffix(".damaged")
+            log.error("%s can't be read (%s): it is %s now, and outcomes begin anew", file, error.orig, aside.name)
+            for suffix in ("-wal", "-shm"):
+                file.with_name(file.name + suffix).unlink(missing_ok=True)
+            file.replace(aside)
+            return cls(open_database(file), limit_bytes)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Write what waits, and stop."""
+        """Write what waits, and close the database."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         self._try_to_flush()
+        self._database.dispose()
 
     def remember(self, answers: Sequence[Remembered]) -> None:
         """Keep answers. Where writing doesn't keep up, the newest are forgotten."""

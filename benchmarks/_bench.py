@@ -117,6 +117,14 @@ class Bench:
             raise SystemExit(f"{backbone}: not every call was answered: {answer['codes']}")
         return {**answer, "checked_answers": len(samples), "largest_error": error}
 
+    def ask(self, daemon: Daemon, models: Sequence[str], **question: Any) -> dict[str, Any]:
+        """Let the callers load a daemon; what they tell is for the caller of this to check."""
+        return self._ask(daemon.grpc, daemon.pid, models, question)
+
+    def photo(self) -> bytes:
+        """One of the photos."""
+        return self._photos[0]
+
     def flood(self, address: str, pid: int, *, rate: float) -> dict[str, Any]:
         """Let the callers send `rate` requests a second to any server."""
         return self._ask(address, pid, ["any"], {"rate": rate})
@@ -124,6 +132,7 @@ class Bench:
     def _ask(self, address: str, pid: int, models: Sequence[str], question: Mapping[str, Any]) -> dict[str, Any]:
         seconds = self.settings.seconds
         told = {"seconds": seconds, "warm_up": min(1.5, seconds), "callers": 1, "pause": 0, "rate": 0, "images": 1}
+        told["all"] = False
         return self._callers.ask(address=address, pid=pid, models=models, **{**told, **question})
 
     def environment(self) -> dict[str, Any]:

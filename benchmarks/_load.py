@@ -42,6 +42,8 @@ class Tally:
     latencies: dict[str, list[float]] = field(default_factory=dict)
     without_delay: int = 0
     samples: list[tuple[str, int, bytes]] = field(default_factory=list)
+    answers: list[tuple[float, int, bytes]] | None = None
+    """When each answer came, to which photo: all of them, also those before `begin`; None: they aren't kept."""
 
     def note(self, sent: float, code: str) -> bool:
         """A call that was sent at `sent` ended now; whether it counts."""
@@ -53,6 +55,8 @@ class Tally:
 
     def answer(self, sent: float, model: str, photo: int, response: bytes) -> None:
         """A call was answered."""
+        if self.answers is not None:
+            self.answers.append((time.monotonic(), photo, response))
         if self.note(sent, "OK") and len(self.samples) < _SAMPLES and random.random() < 0.2:
             self.samples.append((model, photo, response))
 
@@ -133,7 +137,7 @@ async def open_loop(channels: Sequence[grpc.aio.Channel], requests: Requests, ta
 async def measure(photos: Sequence[bytes], question: Mapping[str, Any]) -> dict[str, Any]:
     """Load a daemon as `question` says, and tell what happened after the warm-up."""
     begin = time.monotonic() + question["warm_up"]
-    tally = Tally(begin, begin + question["seconds"])
+    tally = Tally(begin, begin + question["seconds"], answers=[] if question["all"] else None)
     requests = Requests(question["models"], photos, question["images"])
     rate = question["rate"]
     channels = [
@@ -167,6 +171,7 @@ def _told(tally: Tally, seconds: float, images: int) -> dict[str, Any]:
         "codes": dict(Counter({code: len(found) for code, found in tally.latencies.items()})),
         "latency_ms": {code: _percentiles(found) for code, found in tally.latencies.items()},
         "refused_without_delay": tally.without_delay,
+        "answers": [(at, photo, base64.b64encode(answer).decode()) for at, photo, answer in tally.answers or ()],
         "samples": [(model, photo, base64.b64encode(answer).decode()) for model, photo, answer in tally.samples],
     }
 

@@ -41,6 +41,10 @@ class Maker:
         """So many models that are nothing but a head."""
         return {f"head-{i:04}": self._model(i) for i in range(count)}
 
+    def head(self, seed: int) -> Mapping[str, Tensor]:
+        """What a model that is nothing but a head has of its own."""
+        return self._model(seed)
+
     def mixed(self, heads: int, unfrozen: int, full: int) -> Models:
         """Models that are a head, models whose last stage was trained too, and models that were trained as a whole."""
         names = [name for name in self._stages if name != "head"]

@@ -1,6 +1,6 @@
 """How near the machine's limit is the daemon, over real gRPC from another process?
 
-    python benchmarks/serving.py                          everything: some 20 minutes on 2 cores
+    python benchmarks/serving.py                          everything: some 30 minutes on 2 cores
     python benchmarks/serving.py --only limit,callers --backbones resnet50
     python benchmarks/serving.py --device cuda
 
@@ -23,9 +23,11 @@ from benchmarks._bench import Bench, Settings
 from benchmarks._extremes import overload, warm
 from benchmarks._report import plot, table
 from benchmarks._shadow import shadow
+from benchmarks._start import start
+from benchmarks._swaps import swaps
 from benchmarks._throughput import heads, mix, throughput
 
-PARTS = ("limit", "callers", "heads", "mix", "shadow", "overload", "warm")
+PARTS = ("limit", "callers", "heads", "mix", "shadow", "swaps", "overload", "warm", "start")
 
 
 def main() -> int:
@@ -59,10 +61,14 @@ def _measure(bench: Bench, backbone: str, *, first: bool) -> None:
         mix(bench, backbone)
     if "shadow" in only and first:
         shadow(bench, backbone)
+    if "swaps" in only and first:
+        swaps(bench, backbone)
     if "overload" in only and first:
         overload(bench, backbone)
     if "warm" in only and first:
         warm(bench, backbone)
+    if "start" in only and first:
+        start(bench, backbone)
 
 
 def _settings() -> Settings:

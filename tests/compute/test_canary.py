@@ -70,6 +70,11 @@ def test_an_answer_that_is_not_finite_is_found(load: Load, digits: Backbone, can
     canary.check(load(), digits.preprocessing)
 
 
+def test_a_model_that_says_the_same_of_every_image_is_found(load: Load, digits: Backbone, canary: Canary) -> None:
+    assert "answers 4 test images alike" in refusal(canary, load(head=torch.zeros_like), digits)
+    canary.check(load(head=lambda t: t * 1e-5), digits.preprocessing)  # small weights do look at them
+
+
 def test_it_is_found_also_below_stages_that_are_known_to_be_good(load: Load, digits: Backbone, canary: Canary) -> None:
     good = load()
     canary.check(good, digits.preprocessing)

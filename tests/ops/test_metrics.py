@@ -30,10 +30,13 @@ FAMILIES = {
     "predict_queue_depth": set(),
     "checkpoint_loads_total": {"result"},
     "checkpoint_load_duration_seconds": set(),
+    "cold_call_wait_seconds": set(),
+    "evictions_total": set(),
     "serving_version": {"model"},
     "checkpoint_last_scan_timestamp_seconds": set(),
     "stages_loaded": set(),
     "stage_memory_bytes": set(),
+    "stage_memory_limit_bytes": set(),
     "stages_compiled": set(),
     "stages_compiling": set(),
     "compiler_available": set(),
@@ -69,7 +72,7 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.serving_version("cats", 3)
     metrics.checkpoint_load("loaded", 0.1)
     metrics.scanned(1_700_000_000.0)
-    metrics.watch_stages(lambda: (6, 94_000_000))
+    metrics.watch_stages(lambda: (6, 94_000_000), 2**30)
     metrics.watch_compiler(True, lambda: 5, lambda: 2)
     metrics.precision_deviation("cats", 0.004)
     return metrics

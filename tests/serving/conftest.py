@@ -41,6 +41,8 @@ class Telemetry:
     decisions: list[tuple[str, str]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     serving: dict[str, int] = field(default_factory=dict)
+    evictions: int = 0
+    cold_calls: int = 0
     deviations: dict[str, float] = field(default_factory=dict)
 
     def predict_done(self, model: str, code: str) -> None:
@@ -65,6 +67,13 @@ class Telemetry:
     def checkpoint_load(self, result: str, seconds: float) -> None:
         assert seconds >= 0
         self.loads.append(result)
+
+    def evicted(self) -> None:
+        self.evictions += 1
+
+    def cold_call(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.cold_calls += 1
 
     def serving_version(self, model: str, version: int) -> None:
         self.serving[model] = version

@@ -34,6 +34,7 @@ from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.outcomes import Outcomes
+from backboned.server.serving.plan import Limits
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
@@ -137,7 +138,7 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
             stages,
             telemetry=telemetry,
             records=records,
-            settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5, max_loaded_versions=2),
+            settings=LoaderSettings(scan_interval_seconds=0.2, limits=Limits(0.5, 2)),
         )
         loader.start()
         stack.callback(loader.stop)
@@ -149,7 +150,7 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
             async def ask() -> tuple[Result, ...]:
                 admission = Admission(100, 10**7, engine.seconds_to_clear)
                 outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
-                predictor = Predictor(Chooser(loader, records), engine, admission, outcomes, telemetry)
+                predictor = Predictor(Chooser(loader, records, telemetry), engine, admission, outcomes, telemetry)
                 return await predictor.predict(Call((Target(model, version, alias),), [photo]))
 
             (result,) = asyncio.run(ask())

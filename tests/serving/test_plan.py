@@ -16,6 +16,7 @@ from backboned.server.serving.plan import (
     DropState,
     Known,
     KnownDrop,
+    Limits,
     Load,
     Plan,
     Retire,
@@ -52,7 +53,7 @@ def loaded(*numbers: int) -> dict[VersionKey, str]:
 
 
 def planned(known: Known, *, keep: int = 2, now: float = 100.0) -> Plan:
-    return plan(known, now=now, settle_seconds=SETTLE_SECONDS, max_loaded_versions=keep)
+    return plan(known, now=now, limits=Limits(SETTLE_SECONDS, keep))
 
 
 def loads(result: Plan) -> list[int]:
@@ -92,9 +93,9 @@ def test_versions(known: Known, to_load: list[int], to_retire: list[int]) -> Non
     assert (loads(result), retires(result)) == (to_load, to_retire)
 
 
-def test_loading_comes_before_retiring() -> None:
+def test_room_is_made_before_anything_is_loaded() -> None:
     kinds = [type(a) for a in planned(Known(manifests(1, 2, 3), loaded(1, 2))).actions]
-    assert kinds == [Load, Retire]
+    assert kinds == [Retire, Load]
 
 
 def dropped(*, still_for: float, attempts: int = 0, state: DropState = DropState.WAITING) -> Known:

@@ -31,6 +31,7 @@ from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.outcomes import Outcomes
+from backboned.server.serving.plan import Limits
 from backboned.server.serving.predictor import MAX_IMAGES, Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
@@ -89,7 +90,7 @@ def world(
             StageStore(Device.choose("cpu", "fp32")),
             telemetry=_Silent(),
             records=records,
-            settings=LoaderSettings(scan_interval_seconds=0.2, settle_seconds=0.5),
+            settings=LoaderSettings(scan_interval_seconds=0.2, limits=Limits(settle_seconds=0.5)),
         )
         for (model, version), network in networks.items():
             (directory.root / model).mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ async def make_desk(world: World, telemetry: Any) -> AsyncIterator[Callable[...,
         engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000), threads=1)
         admission = Admission(max_queued_images, max_queued_bytes, engine.seconds_to_clear)
         outcomes = Outcomes(world.memory, lambda: world.loader.snapshot, telemetry)
-        predictor = Predictor(Chooser(world.loader, world.records), engine, admission, outcomes, telemetry)
+        predictor = Predictor(Chooser(world.loader, world.records, telemetry), engine, admission, outcomes, telemetry)
         made.append(Desk(predictor, engine, telemetry))
         return made[-1]
 

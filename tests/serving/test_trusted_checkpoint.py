@@ -84,7 +84,9 @@ def predictor(
     engine.start()
     loader.refresh().result(30)
     outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
-    yield Predictor(Chooser(loader, records), engine, Admission(100, 10**8, lambda _: 0.1), outcomes, telemetry)
+    yield Predictor(
+        Chooser(loader, records, telemetry), engine, Admission(100, 10**8, lambda _: 0.1), outcomes, telemetry
+    )
     engine.stop()
     loader.stop()
     database.dispose()

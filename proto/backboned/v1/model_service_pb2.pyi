@@ -1966,7 +1966,7 @@ class Model(_message.Message):
     name: _builtins.str
     """Its name."""
     serving_version: _builtins.int
-    """The version that answers when none is asked for; 0 while none is loaded."""
+    """The version that answers when none is asked for, in memory or loaded when it is; 0 while there is none."""
     policy: Global___VersionPolicy.ValueType
     """How `serving_version` is chosen."""
     policy_version: _builtins.int

@@ -82,17 +82,21 @@ def _read_torch(path: Path, verified: bool) -> Payload:
     archived = _is_archive(path)
     if archived and not verified:
         _check_members(path)  # first: whatever is compressed, torch would inflate
+    if verified or not archived:
+        return _load(path, archived)
     with ThreadPoolExecutor(1) as aside:  # checksums and tensors are read side by side: both let go of the GIL
-        check = aside.submit(_check_sums, path) if archived and not verified else None
-        error: Exception | None = None
+        check = aside.submit(_check_sums, path)
         try:
-            with warnings.catch_warnings(action="ignore"):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as malformed:  # torch.load raises nearly anything on malformed bytes
-            error = malformed
-        if check is not None:
-            check.result()
-    if error is not None:
+            return _load(path, archived)
+        finally:
+            check.result()  # what it tells goes before what torch makes of an altered file
+
+
+def _load(path: Path, archived: bool) -> Payload:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on malformed bytes
         raise _unreadable(error, archived) from error
     return _unwrap(content)
 

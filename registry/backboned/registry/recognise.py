@@ -108,6 +108,11 @@ class Blueprint:
         """All keys but those of the layer that fine-tuning replaces."""
         return frozenset(self.shapes) - {self.weight_key, self.bias_key}
 
+    @cached_property
+    def _needed(self) -> dict[str, frozenset[str]]:
+        """The keys of each stage."""
+        return {stage.name: frozenset(stage.keys(list(self.shapes))) for stage in self.backbone.chain}
+
     def likeness(self, state: Mapping[str, Tensor]) -> float:
         """How much of the backbone is in `state`, 0…1: the keys whose shapes agree, among all keys of both."""
         views = [
@@ -155,13 +160,12 @@ class Blueprint:
     def _stages(self, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
         stages: dict[str, dict[str, Tensor]] = {}
         missing: list[str] = []
-        parts = self.backbone.split(state)
         for stage in self.backbone.chain:
-            needed = set(stage.keys(list(self.shapes)))
-            found = parts[stage.name]
+            needed = self._needed[stage.name]
+            found = {key: tensor for key, tensor in state.items() if key in needed}
             if needed and not found:
                 missing.append(stage.name)
-            elif lacking := sorted(needed - set(found)):
+            elif lacking := sorted(needed - found.keys()):
                 raise refused(f"stage {stage.name!r} is there in part only: it lacks {lacking[0]!r}")
             else:
                 stages[stage.name] = found

@@ -103,6 +103,11 @@ class Config(BaseSettings):
     max_loaded_versions: int = Field(
         default=4, ge=1, description="Newest versions of each model that are kept in memory."
     )
+    model_memory: ByteSize | Literal["auto"] = Field(
+        default="auto",
+        description="Bytes that models may take, as in 8GiB; auto: 60 % of the device's memory. Beyond it they are "
+        "loaded when asked for.",
+    )
     keep_versions: int = Field(
         default=0, ge=0, description="Newest versions of each model that are kept on disk; 0: any number."
     )

@@ -39,6 +39,7 @@ from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.outcomes import Outcomes
+from backboned.server.serving.plan import Limits
 from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.promotion import Promoter
@@ -61,6 +62,8 @@ COMPILED_NAME = "compiled"
 UPLOADS_NAME = "uploads"
 SWITCH_SECONDS = 0.0002
 COMPILED_BYTES = 8 * 2**30
+SHARE_OF_MEMORY = 0.6
+"""Of the device's memory, for models; the rest is for batches, and on a CPU for everything else."""
 
 
 def run(config: Config) -> None:
@@ -109,6 +112,7 @@ class Daemon:
             largest_batch=config.max_batch_size,
             enabled=config.compile == "auto",
         )
+        memory_bytes = _memory_for_models(config, device)
         records = Records.of(database)
         self.loader = Loader(
             directory,
@@ -118,12 +122,14 @@ class Daemon:
             telemetry=self.metrics,
             records=records,
             settings=LoaderSettings(
-                config.scan_interval_seconds, config.settle_seconds, config.max_loaded_versions, config.watch
+                config.scan_interval_seconds,
+                config.watch,
+                Limits(config.settle_seconds, config.max_loaded_versions, memory_bytes),
             ),
             on_loaded=self._compiler.consider,
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
-        chooser = Chooser(self.loader, records)
+        chooser = Chooser(self.loader, records, self.metrics)
         self._memory = Memory.open(config.state_dir / ANSWERS_NAME, config.remember_answers)
         outcomes = Outcomes(self._memory, lambda: self.loader.snapshot, self.metrics)
         self.predictor = Predictor(chooser, self.engine, admission, outcomes, self.metrics)
@@ -168,7 +174,7 @@ class Daemon:
         self._promoter = Promoter(self.versions, outcomes, self.metrics)
         self._sweeper = Sweeper(self.versions, config.keep_versions, config.keep_days)
         self.metrics.watch_queue(self.engine.depth)
-        self.metrics.watch_stages(self._stages.loaded)
+        self.metrics.watch_stages(self._stages.loaded, memory_bytes)
         self.metrics.watch_compiler(not self._compiler.unavailable, self._compiler.compiled, self._compiler.pending)
         self.http = HttpServer(application(self.metrics.registry, self._not_ready))
         self._not_ready_reason: str | None = "starting: models are being loaded"
@@ -261,6 +267,12 @@ def _frontends(config: Config, device: Device) -> int:
     if config.frontends == "auto":
         return frontends_for(usable_cores(), device.device.type)
     return int(config.frontends)
+
+
+def _memory_for_models(config: Config, device: Device) -> int:
+    if config.model_memory == "auto":
+        return int(SHARE_OF_MEMORY * device.memory_bytes())
+    return int(config.model_memory)
 
 
 def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings:

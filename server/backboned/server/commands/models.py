@@ -222,7 +222,8 @@ def _show_versions(model: pb.Model) -> None:
         notice(line)
     for version in model.versions:
         if version.checkpoint.reason:
-            notice(f"version {version.version} is quarantined: {version.checkpoint.reason}")
+            quarantined = version.checkpoint.state == pb.CHECKPOINT_STATE_QUARANTINED
+            notice(f"version {version.version}{' is quarantined' * quarantined}: {version.checkpoint.reason}")
     for shared, versions in sharing.items():
         notice(f"version {', '.join(versions)}: shares {shared}")
 
@@ -230,7 +231,7 @@ def _show_versions(model: pb.Model) -> None:
 def _state(model: pb.Model, version: pb.ModelVersion) -> str:
     quarantined = version.checkpoint.state == pb.CHECKPOINT_STATE_QUARANTINED
     if version.version == model.serving_version:
-        state = "serving"
+        state = "serving" if version.loaded else "serving on demand"
     elif version.version == model.shadow_version:
         state = "shadow"
     elif version.loaded:

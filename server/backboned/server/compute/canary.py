@@ -1,7 +1,7 @@
 """A first look at what a freshly loaded model answers, before anyone else sees it.
 
-A few photos run through it: stages are warmed, those that don't run or give nothing finite are found, and in reduced
-precision its answers are held against those in float32.
+A few photos run through it: stages are warmed, those that don't run, give nothing finite or say the same of every photo
+are found, and in reduced precision its answers are held against those in float32.
 """
 
 import weakref
@@ -24,6 +24,8 @@ from backboned.server.compute.stages import LoadedStage, StageKey, StageStore
 
 PHOTOS = 4
 LARGEST_DEVIATION = 0.1
+ROUNDING = 1e-6
+"""Logits that differ by no more than this share of the largest are the same."""
 
 _Way = tuple[Preprocessing, tuple[StageKey, ...]]
 """How the photos were prepared, and the stages that they have passed through."""
@@ -57,13 +59,11 @@ class Canary:
         self._stages = stages
         self._outputs: weakref.WeakKeyDictionary[LoadedStage, tuple[_Way, Tensor]] = weakref.WeakKeyDictionary()
         self._exact: weakref.WeakKeyDictionary[LoadedStage, tuple[_Way, Tensor]] = weakref.WeakKeyDictionary()
+        self._seen: tuple[Preprocessing, Tensor] | None = None
 
     def check(self, path: Sequence[LoadedStage], preprocessing: Preprocessing) -> Tensor:
         """The logits `[photos, outputs]`. Raises `BackbonedError` if the model at the end of `path` can't answer."""
-        logits = self._through(path, preprocessing, self._outputs, lambda stage: stage)
-        if not torch.isfinite(logits).all():
-            raise refused("its answer to a test image is not finite: its weights are unusable")
-        return logits
+        return _usable(self._through(path, preprocessing, self._outputs, lambda stage: stage))
 
     def compare(
         self,
@@ -85,9 +85,7 @@ class Canary:
             name = stage.key.stage
             return self._stages.get(backbone, chain[name], weights[name], torch.float32)
 
-        exact = self._through(path, preprocessing, self._exact, in_fp32)
-        if not torch.isfinite(exact).all():
-            raise refused("its answer to a test image is not finite: its weights are unusable")
+        exact = _usable(self._through(path, preprocessing, self._exact, in_fp32))
         expected = task.probabilities(exact / temperature)
         found = task.probabilities(self._through(path, preprocessing, self._outputs, lambda stage: stage) / temperature)
         deviation = torch.nan_to_num((found - expected).abs(), nan=1.0).max().item()
@@ -102,8 +100,10 @@ class Canary:
         outputs: weakref.WeakKeyDictionary[LoadedStage, tuple[_Way, Tensor]],
         runs: Callable[[LoadedStage], LoadedStage],
     ) -> Tensor:
-        x = normalise(photos(preprocessing).to(self._stages.device.device), preprocessing)
-        x = x.contiguous(memory_format=torch.channels_last)
+        if self._seen is None or self._seen[0] != preprocessing:
+            x = normalise(photos(preprocessing).to(self._stages.device.device), preprocessing)
+            self._seen = preprocessing, x.contiguous(memory_format=torch.channels_last)
+        _, x = self._seen
         passed: tuple[StageKey, ...] = ()
         for stage in path:
             passed = (*passed, stage.key)
@@ -116,6 +116,15 @@ class Canary:
             if not stage.is_head:
                 outputs[stage] = way, x
         return x.float().cpu()
+
+
+def _usable(logits: Tensor) -> Tensor:
+    """`logits` `[photos, outputs]`, if they are those of a model that can tell photos apart."""
+    if not torch.isfinite(logits).all():
+        raise refused("its answer to a test image is not finite: its weights are unusable")
+    if (logits - logits[0]).abs().max() <= ROUNDING * logits.abs().max():
+        raise refused(f"it answers {len(logits)} test images alike: it doesn't look at them, its weights are unusable")
+    return logits
 
 
 @lru_cache(8)

@@ -55,6 +55,8 @@ class CompiledBatch:
     def __init__(self, library: Path, device: torch.device, *, concurrency: int) -> None:
         """Load it; up to `concurrency` threads can run it at once. Raises `BackbonedError` if it can't be loaded."""
         self._library = library
+        self.size_bytes = library.stat().st_size if library.exists() else 0
+        """Of the library, which is nearly all weights."""
         self._cuda = device.type == "cuda"
         try:
             loaded = ctypes.CDLL(str(library))
@@ -100,6 +102,11 @@ class CompiledStage:
         self._batches = dict(batches)
         self._sizes = tuple(sorted(batches))
         self._seconds = tuple(sorted((size, seconds[size]) for size in batches))
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of its copies of the stage's weights: one for each size of batch."""
+        return sum(batch.size_bytes for batch in self._batches.values())
 
     @property
     def best_size(self) -> int:

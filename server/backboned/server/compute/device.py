@@ -1,6 +1,7 @@
 """Which device computes, and in which precision."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from backboned.registry.errors import invalid
 
 CPU_INFO = Path("/proc/cpuinfo")
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Of control groups, versions 2 and 1."""
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +57,12 @@ class Device:
         """The same device in full precision."""
         return Device(self.device, torch.float32)
 
+    def memory_bytes(self) -> int:
+        """All of its memory; on a CPU what this process may use of it."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return usable_memory_bytes()
+
     def __str__(self) -> str:
         return str(self.device)
 
@@ -61,6 +70,15 @@ class Device:
 def usable_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_memory_bytes() -> int:
+    """The machine's memory, or what control groups let this process have of it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # none there, or `max`
+            sizes.append(int(limit.read_text(encoding="ascii")))
+    return min(sizes)
 
 
 def cpu_features() -> frozenset[str]:

@@ -37,6 +37,8 @@ class LoadedStage:
         self.is_head = isinstance(stage, Head)
         self._forward = stage.forward
         self._module = module.eval().requires_grad_(False)
+        self.size_bytes: int = sum(t.nbytes for t in module.state_dict().values())
+        """Memory of its tensors."""
         self._compiled: CompiledStage | None = None
         self._layout: Layout | None = None
 
@@ -53,6 +55,11 @@ class LoadedStage:
         if self._layout is None:
             self._layout = Layout.of(x)
         return self._forward(self._module, x)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its tensors, and of the copies of them that compiled code has."""
+        return self.size_bytes + (0 if self._compiled is None else self._compiled.size_bytes)
 
     @property
     def layout(self) -> Layout | None:
@@ -76,18 +83,14 @@ class LoadedStage:
         """Its `state_dict`."""
         return self._module.state_dict()
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory of its tensors."""
-        return sum(t.nbytes for t in self._module.state_dict().values())
-
 
 class Templates:
     """Modules without memory, one for each stage of each backbone, to be copied and filled. Thread-safe."""
 
     def __init__(self) -> None:
         self._whole: dict[str, nn.Module] = {}
-        self._pruned: dict[tuple[str, str], nn.Module] = {}
+        self._pruned: dict[tuple[str, str, int | None], nn.Module] = {}
+        self._sizes: dict[tuple[str, str, torch.dtype, int | None], int] = {}
         self._lock = threading.Lock()
 
     def fill(self, backbone: Backbone, stage: Stage, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -95,11 +98,9 @@ class Templates:
 
         A head takes as many outputs as its tensors have. Raises `BackbonedError` if tensors are missing.
         """
+        outputs = len(tensors[stage.layer + ".weight"]) if isinstance(stage, Head) else None
         with self._lock:
-            module = copy.deepcopy(self._template(backbone, stage))
-        if isinstance(stage, Head):
-            with torch.device("meta"):
-                replace_layer(module, stage.layer, len(tensors[stage.layer + ".weight"]))
+            module = copy.deepcopy(self._template(backbone, stage, outputs))
         counters = {k: torch.zeros((), dtype=torch.long) for k in module.state_dict() if k.endswith(IGNORED_SUFFIX)}
         result = module.load_state_dict(counters | dict(tensors), strict=False, assign=True)
         if result.missing_keys or result.unexpected_keys:
@@ -110,13 +111,27 @@ class Templates:
             )
         return module
 
-    def _template(self, backbone: Backbone, stage: Stage) -> nn.Module:
-        template = self._pruned.get((backbone.name, stage.name))
+    def size_bytes(self, backbone: Backbone, stage: Stage, dtype: torch.dtype, outputs: int | None) -> int:
+        """What `fill` makes of such a stage takes in memory, its floating values in `dtype`."""
+        key = backbone.name, stage.name, dtype, outputs
+        if key not in self._sizes:
+            with self._lock:
+                tensors = self._template(backbone, stage, outputs).state_dict().values()
+            self._sizes[key] = sum(
+                t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors
+            )
+        return self._sizes[key]
+
+    def _template(self, backbone: Backbone, stage: Stage, outputs: int | None) -> nn.Module:
+        key = backbone.name, stage.name, outputs
+        template = self._pruned.get(key)
         if template is None:
             if backbone.name not in self._whole:
                 self._whole[backbone.name] = _without_memory(backbone)
-            template = prune(copy.deepcopy(self._whole[backbone.name]), stage)
-            self._pruned[backbone.name, stage.name] = template
+            template = self._pruned[key] = prune(copy.deepcopy(self._whole[backbone.name]), stage)
+            if isinstance(stage, Head) and outputs is not None:
+                with torch.device("meta"):
+                    replace_layer(template, stage.layer, outputs)
         return template
 
 
@@ -160,6 +175,20 @@ class StageStore:
                 self._loaded[key] = found
             return found
 
+    def footprint(self, backbone: Backbone, digests: Mapping[str, str], outputs: int) -> dict[StageKey, int]:
+        """The stages of a model with such digests, by their names, and the bytes that each takes once it is loaded.
+
+        For a model that runs in the device's own precision; nothing is loaded for it. Raises whatever the backbone's
+        `build` does.
+        """
+        sizes: dict[StageKey, int] = {}
+        for stage in backbone.chain:
+            head = isinstance(stage, Head)
+            dtype = torch.float32 if head else self.device.dtype
+            key = StageKey(backbone.name, stage.name, digests.get(stage.name, ""), dtype)
+            sizes[key] = self._templates.size_bytes(backbone, stage, dtype, outputs if head else None)
+        return sizes
+
     def path(
         self, backbone: Backbone, stages: Mapping[str, StageWeights], dtype: torch.dtype | None = None
     ) -> tuple[LoadedStage, ...]:
@@ -168,9 +197,20 @@ class StageStore:
 
     def loaded(self) -> tuple[int, int]:
         """How many stages are loaded, and their memory in bytes."""
-        # A list of references is made in one go; the stages themselves may come and go meanwhile.
-        stages = [s for reference in self._loaded.valuerefs() if (s := reference()) is not None]
+        stages = self._stages()
         return len(stages), sum(s.size_bytes for s in stages)
+
+    def held_bytes(self) -> int:
+        """The memory of all stages that are loaded, compiled code included."""
+        return sum(s.held_bytes for s in self._stages())
+
+    def keys(self) -> set[StageKey]:
+        """Of all stages that are loaded."""
+        return {s.key for s in self._stages()}
+
+    def _stages(self) -> list[LoadedStage]:
+        # A list of references is made in one go; the stages themselves may come and go meanwhile.
+        return [s for reference in self._loaded.valuerefs() if (s := reference()) is not None]
 
     def _place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         placed = tensor.to(self.device.device, dtype if tensor.is_floating_point() else tensor.dtype)

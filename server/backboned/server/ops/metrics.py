@@ -122,8 +122,12 @@ class Metrics:
         """`version` answers for `model` from now on."""
         self._serving_version.labels(model).set(version)
 
-    def watch_stages(self, loaded: Callable[[], tuple[int, int]]) -> None:
-        """Ask `loaded` for the number of distinct stages in memory, and their bytes, whenever metrics are scraped."""
+    def watch_stages(self, loaded: Callable[[], tuple[int, int]], limit_bytes: int) -> None:
+        """Ask `loaded` for the number of distinct stages in memory, and their bytes, whenever metrics are scraped.
+
+        They may take up to `limit_bytes`.
+        """
+        self._memory_limit.set(limit_bytes)
         self._stages_loaded.set_function(lambda: loaded()[0])
         self._stage_memory.set_function(lambda: loaded()[1])
 
@@ -143,6 +147,14 @@ class Metrics:
         """A checkpoint was `loaded`, `adopted` or `quarantined`, which took so many `seconds`."""
         self._checkpoint_loads.labels(result).inc()
         self._checkpoint_load_duration.observe(seconds)
+
+    def evicted(self) -> None:
+        """A version was taken out of memory because others were asked for later."""
+        self._evictions.inc()
+
+    def cold_call(self, seconds: float) -> None:
+        """A call waited so long for a version that was loaded for it."""
+        self._cold_calls.observe(seconds)
 
     def scanned(self, unix_seconds: float) -> None:
         """The checkpoint folder was scanned at this time."""
@@ -205,6 +217,7 @@ class Metrics:
         self._serving_version = self._gauge("serving_version", "Version that answers by default.", ("model",))
         self._stages_loaded = self._gauge("stages_loaded", "Distinct stages in memory.")
         self._stage_memory = self._gauge("stage_memory_bytes", "Size of their tensors.")
+        self._memory_limit = self._gauge("stage_memory_limit_bytes", "What stages may take, compiled code included.")
         self._stages_compiled = self._gauge("stages_compiled", "Stages in memory that run compiled.")
         self._stages_compiling = self._gauge("stages_compiling", "Stages that are being compiled, or wait for it.")
         self._compiler_available = self._gauge("compiler_available", "Whether stages can be compiled here (0 or 1).")
@@ -222,13 +235,19 @@ class Metrics:
         self._checkpoint_last_scan = self._gauge(
             "checkpoint_last_scan_timestamp_seconds", "Unix time of the last scan of the checkpoint folder."
         )
+        self._evictions = self._counter(
+            "evictions_total", "Versions taken out of memory because others were asked for later."
+        )
+        self._cold_calls = self._histogram(
+            "cold_call_wait_seconds", "How long calls waited for a version that was loaded for them.", _LOAD_SECONDS
+        )
         for result in ("loaded", "adopted", "quarantined"):
             self._checkpoint_loads.labels(result)
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return self._kept(Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry), labels)
 
-    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return self._kept(Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry), labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:

@@ -1,12 +1,13 @@
 """Telling metrics and the journal which version of each model serves."""
 
 import logging
+from collections.abc import Mapping
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from backboned.server.serving.history import Change, Entry, History
 from backboned.server.serving.policy import why
-from backboned.server.serving.snapshot import Snapshot
+from backboned.server.serving.snapshot import KnownModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 
 log = logging.getLogger(__name__)
@@ -27,19 +28,20 @@ class Announcer:
         self._trouble = ""
 
     def publish(self, before: Snapshot, now: Snapshot) -> None:
-        """`now` has taken the place of `before`."""
-        for name, model in now.models.items():
+        """`now` has taken the place of `before`. A model that is the same object in both has not changed."""
+        changed = {name: model for name, model in now.models.items() if before.models.get(name) is not model}
+        for name, model in changed.items():
             if model.serving and self._told.get(name) != model.serving:
                 self._telemetry.serving_version(name, model.serving)
                 self._told[name] = model.serving
         for name in before.models.keys() - now.models.keys():
             self._telemetry.forget_model(name)
             self._told.pop(name, None)
-        self._note(now)
+        self._note(now, now.models if self._trouble else changed)
 
-    def _note(self, now: Snapshot) -> None:
+    def _note(self, now: Snapshot, changed: Mapping[str, KnownModel]) -> None:
         entries = []
-        for name, model in now.models.items():
+        for name, model in changed.items():
             previous = self._noted.get(name, 0)
             if model.serving not in (0, previous):  # none of a model that is there: it is being loaded
                 reason = why(model.policy, previous, model.serving)

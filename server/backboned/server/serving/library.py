@@ -1,6 +1,6 @@
 """What the loader knows of the checkpoint directory, and how that becomes a snapshot. No threads, no clock."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -8,7 +8,8 @@ from types import MappingProxyType
 from backboned.registry.directory import CheckpointDirectory, Seen, Signature
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
-from backboned.server.serving.plan import DropState, Known, KnownDrop, VersionKey
+from backboned.server.serving.budget import Arrival, Footprint
+from backboned.server.serving.plan import DropState, Known, KnownDrop, Load, OutOfMemory, Plan, VersionKey
 from backboned.server.serving.policy import Policy
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedModel, RefusedFile, Snapshot, State
 
@@ -22,11 +23,19 @@ class Quarantine:
     file: Signature | None
 
 
+_Told = tuple[VersionKey, Manifest, tuple[object, ...]]
+"""A version, and all that its `KnownVersion` is made of."""
+
+
 @dataclass
 class Library:
-    """The loader's memory. For the loader's thread only; `snapshot` gives everyone else an immutable copy."""
+    """The loader's memory. For the loader's thread only; `snapshot` gives everyone else an immutable copy.
+
+    `measure` tells what a version would take in memory.
+    """
 
     directory: CheckpointDirectory
+    measure: Callable[[Manifest], Footprint] = lambda _: {}
     signatures: dict[VersionKey, Signature] = field(default_factory=dict)
     manifests: dict[VersionKey, Manifest] = field(default_factory=dict)
     loaded: dict[VersionKey, LoadedModel] = field(default_factory=dict)
@@ -34,16 +43,22 @@ class Library:
     drops: dict[Path, KnownDrop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
     loading: set[VersionKey] = field(default_factory=set)
+    out: Mapping[VersionKey, OutOfMemory] = field(default_factory=dict)
     policies: Mapping[str, Policy] = field(default_factory=dict)
     deleted: dict[VersionKey, tuple[str, str]] = field(default_factory=dict)
+    _footprints: dict[VersionKey, tuple[Manifest, Footprint]] = field(default_factory=dict)
+    _models: dict[str, tuple[object, KnownModel]] = field(default_factory=dict)
 
-    def update(self, seen: Seen, now: float) -> None:
-        """Take in what one look found: read new manifests, note changed files, forget what is gone."""
+    def update(self, seen: Seen, now: float, closed: Iterable[Path] = ()) -> None:
+        """Take in what one look found: read new manifests, note changed files, forget what is gone.
+
+        `closed` are files that whoever wrote them has closed since the last look.
+        """
         self.refused = dict(seen.refused)
         for key in self.signatures.keys() - seen.versions.keys():
             del self.signatures[key]
-            self.manifests.pop(key, None)
-            self.quarantine.pop(key, None)
+            for known in (self.manifests, self.quarantine, self._footprints):
+                known.pop(key, None)
         for key, signature in seen.versions.items():
             if self.signatures.get(key) != signature:
                 self._read_manifest(key, signature)
@@ -53,10 +68,15 @@ class Library:
             if entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key):
                 del self.quarantine[key]
         self.drops = {path: self._drop(path, seen, now) for path in seen.drops}
+        for path in self.drops.keys() & set(closed):
+            self.drops[path] = replace(self.drops[path], closed=True)
 
-    def known(self, wanted: frozenset[VersionKey]) -> Known:
-        """What the plan needs to know."""
+    def known(self, wanted: frozenset[VersionKey], used: Mapping[VersionKey, float] = MappingProxyType({})) -> Known:
+        """What the plan needs to know: also which versions are `wanted`, and when each was `used` last."""
         return Known(
+            used=used,
+            footprints={key: self._footprint(key) for key in self.manifests},
+            held={key: model.footprint for key, model in self.loaded.items()},
             manifests=self.manifests,
             loaded={key: model.sha256 for key, model in self.loaded.items()},
             quarantined=self.quarantine.keys(),
@@ -64,6 +84,13 @@ class Library:
             wanted=wanted,
             policies=self.policies,
         )
+
+    def intend(self, todo: Plan) -> None:
+        """Note what is about to be loaded, and what there is no room for."""
+        loading = {(a.manifest.model, a.manifest.version) for a in todo.actions if isinstance(a, Load)}
+        # What was loaded on demand and now is being loaded: until it is there, nothing else answers for it.
+        coming = {key: told for key, told in self.out.items() if told.arrival is Arrival.ON_DEMAND and key in loading}
+        self.loading, self.out = loading, {**coming, **todo.out}
 
     def add(self, model: LoadedModel) -> None:
         """Take in a version that was written and loaded just now, before the next look finds it."""
@@ -88,16 +115,24 @@ class Library:
 
     def snapshot(self) -> Snapshot:
         """An immutable copy for everyone else."""
-        models: dict[str, dict[int, KnownVersion]] = {}
-        for (model, version), manifest in self.manifests.items():
-            models.setdefault(model, {})[version] = self._version((model, version), manifest)
+        told: dict[str, list[_Told]] = {}
+        for key, manifest in self.manifests.items():
+            of_version = (self.loaded.get(key), self.quarantine.get(key), key in self.loading, self.out.get(key))
+            told.setdefault(key[0], []).append((key, manifest, of_version))
+        self._models = {name: self._model(name, what) for name, what in sorted(told.items())}
         refused = [*self._refused_versions(), *self._refused_drops()]
         refused += [RefusedFile(_text(p.parent.name), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
-        served = {
-            name: KnownModel(name, MappingProxyType(versions), self.policies.get(name, Policy()))
-            for name, versions in sorted(models.items())
-        }
+        served = {name: model for name, (_, model) in self._models.items()}
         return Snapshot(MappingProxyType(served), tuple(refused))
+
+    def _model(self, name: str, told: list[_Told]) -> tuple[object, KnownModel]:
+        """A model with what is told of it; the same object as before if that is the same."""
+        policy = self.policies.get(name, Policy())
+        before = self._models.get(name)
+        if before is not None and before[0] == (told, policy):
+            return before
+        versions = {key[1]: self._version(key, manifest) for key, manifest, _ in told}
+        return (told, policy), KnownModel(name, MappingProxyType(versions), policy)
 
     def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
         self.signatures[key] = signature
@@ -132,7 +167,16 @@ class Library:
             return KnownVersion(manifest, State.QUARANTINED, entry.reason, loaded)
         if loaded is not None:
             return KnownVersion(manifest, State.SERVING, loaded=loaded)
-        return KnownVersion(manifest, State.LOADING if key in self.loading else State.AVAILABLE)
+        out = self.out.get(key)
+        state = State.LOADING if key in self.loading else State.AVAILABLE
+        return KnownVersion(manifest, state, out.reason if out else "", None, out.arrival if out else None)
+
+    def _footprint(self, key: VersionKey) -> Footprint:
+        manifest = self.manifests[key]
+        known = self._footprints.get(key)
+        if known is None or known[0] is not manifest:
+            known = self._footprints[key] = manifest, self.measure(manifest)
+        return known[1]
 
     def _refused_versions(self) -> list[RefusedFile]:
         """Versions whose manifest can't be read: nothing else is known of them."""

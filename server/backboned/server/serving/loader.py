@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,15 +19,17 @@ from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.manifest import Manifest
 from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
-from backboned.registry.version import VersionReader, VersionWeights
+from backboned.registry.version import VersionReader
 from backboned.registry.weights import WeightStore
-from backboned.server.compute.canary import Canary
 from backboned.server.compute.stages import LoadedStage, StageStore
 from backboned.server.serving.announce import Announcer
+from backboned.server.serving.fetching import Fetches
 from backboned.server.serving.library import Library
-from backboned.server.serving.plan import Action, Adopt, DropState, Load, VersionKey, plan
+from backboned.server.serving.placing import Placer
+from backboned.server.serving.plan import Action, Adopt, DropState, Limits, Load, Retire, VersionKey, plan
 from backboned.server.serving.records import Records
-from backboned.server.serving.snapshot import LoadedModel, Snapshot
+from backboned.server.serving.room import MEMORY_ERRORS, Room
+from backboned.server.serving.snapshot import Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.watch import Watcher, WatchMode
 
@@ -39,17 +41,20 @@ Path = tuple[LoadedStage, ...]
 _HINT_PAUSE_SECONDS = 0.01
 _POLL_SECONDS = 1.0
 _PUBLISH_SECONDS = 0.02
+_PUBLISH_PAUSE = 10.0
+"""While a look loads many versions, it shows them every 20 ms, or, where that takes long, a tenth of the time."""
+
+_ROOM_SECONDS = 0.05
 _MAX_WANTED = 8
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How often to look (seconds), how long to wait for an unfinished file, how much to keep loaded."""
+    """How often to look (seconds), how changes are noticed, how long to wait for what, how much to keep loaded."""
 
     scan_interval_seconds: float = 2.0
-    settle_seconds: float = 5.0
-    max_loaded_versions: int = 4
     watch: WatchMode = "auto"
+    limits: Limits = field(default_factory=Limits)
 
 
 class Loader:
@@ -72,8 +77,6 @@ class Loader:
         `on_loaded` is told the paths of all that is loaded, whenever that has changed, before it serves.
         """
         self._directory = directory
-        self._weights = weights
-        self._stages = stages
         self._telemetry = telemetry
         self._settings = settings
         self._records = records
@@ -81,19 +84,21 @@ class Loader:
         self._on_loaded = on_loaded
         self._told: Sequence[Path] = ()
         self._reader = VersionReader(directory, Recogniser(catalogue), weights)
-        self._canary = Canary(stages)
-        self._library = Library(directory)
+        self._on_cpu = stages.device.device.type == "cpu"
+        self._placer = Placer(stages, catalogue, telemetry)
+        self._room = Room(self._placer, settings.limits.memory_bytes)
+        self._library = Library(directory, self._placer.footprint)
         self._snapshot = Snapshot()
         self._watcher = Watcher(directory.root, self.hint, settings.watch)
-        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._fetches: dict[str, Future[object]] = {}
+        self._fetches = Fetches(weights, self.hint)
+        self._used: dict[VersionKey, float] = {}
         self._wanted: dict[VersionKey, None] = {}
         self._waiters: list[Future[Snapshot]] = []
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
         self._scan_error = ""
-        self._published = 0.0
+        self._publish_at = 0.0
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     @property
@@ -117,7 +122,7 @@ class Loader:
         if self._thread.is_alive():
             self._thread.join(timeout=30)
         self._watcher.stop()
-        self._fetching.shutdown(wait=False, cancel_futures=True)
+        self._fetches.stop()
 
     def hint(self) -> None:
         """Something may have changed: look soon."""
@@ -131,8 +136,13 @@ class Loader:
         self._wake.set()
         return future
 
+    def note_use(self, model: str, version: int) -> None:
+        """Somebody asks for a version: where memory is short, what was asked for last is kept."""
+        self._used[model, version] = time.monotonic()
+
     def want(self, model: str, version: int) -> None:
         """Load a version at the next look, and keep it while it is among the last ones wanted."""
+        self.note_use(model, version)
         with self._lock:
             self._wanted.pop((model, version), None)
             self._wanted[model, version] = None
@@ -140,6 +150,10 @@ class Loader:
                 del self._wanted[next(iter(self._wanted))]
 
     def _run(self) -> None:
+        if self._on_cpu:
+            torch.set_num_threads(
+                1
+            )  # of this thread: small layers gain nothing from more, and the lanes want the cores
         while not self._stopping:
             self._wake.clear()
             self._watcher.ensure()
@@ -171,25 +185,33 @@ class Loader:
             return interval
         self._note_scan_error("")
         self._telemetry.scanned(time.time())
-        self._library.update(seen, time.monotonic())
+        self._library.update(seen, time.monotonic(), self._watcher.closed())
         self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
-        todo = plan(
-            self._library.known(self._wanted_versions()),
-            now=now,
-            settle_seconds=self._settings.settle_seconds,
-            max_loaded_versions=self._settings.max_loaded_versions,
-        )
-        self._library.loading = {(a.manifest.model, a.manifest.version) for a in todo.actions if isinstance(a, Load)}
-        self._publish()
+        limits = replace(self._settings.limits, memory_bytes=self._room.budget_bytes(now))
+        for key in self._used.keys() - self._library.manifests.keys():
+            del self._used[key]
+        todo = plan(self._library.known(self._wanted_versions(), dict(self._used)), now=now, limits=limits)
+        self._library.intend(todo)
+        retired = [action for action in todo.actions if isinstance(action, Retire)]
+        for each in retired:
+            self._retire(each)
+        self._publish()  # and let go of what was retired
+        self._room.begin(retired=bool(retired))
         for action in todo.actions:
             if self._stopping:
                 break
             self._act(action)
-            if time.monotonic() - self._published > _PUBLISH_SECONDS:
-                self._publish()
+            if time.monotonic() > self._publish_at:
+                self._publish(whole=False)
         self._publish()
-        return interval if todo.look_again_at is None else max(0.0, min(interval, todo.look_again_at - now))
+        due = now + (_ROOM_SECONDS if self._room.waits else interval)
+        return max(0.0, min(due, due if todo.look_again_at is None else todo.look_again_at) - now)
+
+    def _retire(self, action: Retire) -> None:
+        if self._library.loaded.pop(action.key, None) is not None and action.evicted:
+            log.info("%s version %d is out of memory: others were asked for later", *action.key)
+            self._telemetry.evicted()
 
     def _act(self, action: Action) -> None:
         started = time.monotonic()
@@ -199,8 +221,7 @@ class Loader:
             elif isinstance(action, Adopt):
                 result = self._adopt(action)
             else:
-                self._library.loaded.pop(action.key, None)
-                result = ""
+                result = ""  # retired already, to make room
         except Exception:  # a defect of ours must not end the loader: what is loaded serves on
             log.exception("the loader failed at %r", action)
             result = "failed"
@@ -210,10 +231,13 @@ class Loader:
 
     def _load(self, manifest: Manifest) -> str:
         key = (manifest.model, manifest.version)
-        if not self._weights_at_hand(manifest):
-            return ""
         try:
-            self._library.loaded[key] = self._place(self._reader.read(manifest))
+            if not self._fetches.at_hand(manifest) or not self._room.has_room(manifest):
+                return ""
+            self._library.loaded[key] = self._placer.place(self._reader.read(manifest))
+        except MEMORY_ERRORS:
+            self._room.run_short(manifest)
+            return ""
         except BackbonedError as error:
             log.warning("%s version %d is not served: %s", *key, error.message)
             self._library.refuse(key, error.message)
@@ -221,27 +245,6 @@ class Loader:
         self._library.loading.discard(key)
         log.info("%s version %d, epoch %d, is loaded", *key, manifest.best_epoch)
         return "loaded"
-
-    def _place(self, version: VersionWeights) -> LoadedModel:
-        """Put a version on the device, and see that it answers."""
-        manifest, backbone, device = version.manifest, version.backbone, self._stages.device
-        path = self._stages.path(backbone, version.stages)
-        answers = None if version.answers is None else version.answers.to(device.device)
-        if device.dtype == torch.float32:
-            self._canary.check(path, manifest.preprocessing)
-            return LoadedModel(manifest, path, version.shared, answers)
-        temperature = 1.0 if answers is None else answers.temperature
-        agreement = self._canary.compare(
-            path, manifest.preprocessing, manifest.task, backbone, version.stages, temperature=temperature
-        )
-        name = f"{manifest.model} version {manifest.version}"
-        log.info("%s in %s and in fp32: %s", name, device.precision, agreement)
-        self._telemetry.precision_deviation(manifest.model, agreement.deviation)
-        if not agreement.close:
-            log.warning("%s runs in fp32: %s is too coarse for it", name, device.precision)
-            path = self._stages.path(backbone, version.stages, torch.float32)
-            self._canary.check(path, manifest.preprocessing)
-        return LoadedModel(manifest, path, version.shared, answers)
 
     def _adopt(self, action: Adopt) -> str:
         drop = action.drop
@@ -265,9 +268,12 @@ class Loader:
             return ""
         log.info("%s is adopted as %s version %d", drop.path, drop.model, version.manifest.version)
         try:
-            self._library.add(self._place(version))
-        except BackbonedError:
-            self.hint()  # it is on disk: the next look finds it, and tells why it isn't served
+            if self._room.fits(version.manifest):
+                self._library.add(self._placer.place(version))
+                return "adopted"
+        except (BackbonedError, *MEMORY_ERRORS):
+            pass
+        self.hint()  # it is on disk: the next look finds it, and makes room, or tells why it isn't served
         return "adopted"
 
     def _give_up(self, action: Action, reason: str) -> None:
@@ -276,41 +282,22 @@ class Loader:
         elif isinstance(action, Adopt):
             self._library.settle(action.drop.path, DropState.QUARANTINED, reason)
 
-    def _weights_at_hand(self, manifest: Manifest) -> bool:
-        """Whether the version can be read now; weights that must be downloaded first are fetched aside."""
-        name = manifest.backbone
-        try:
-            if set(manifest.trained) >= set(manifest.stages) or self._weights.is_local(name):
-                return True
-        except BackbonedError:
-            return True  # an unknown backbone: reading the version says so
-        fetch = self._fetches.get(name)
-        if fetch is None:
-            log.info("fetching the weights of %s", name)
-            self._fetches[name] = fetch = self._fetching.submit(self._weights.stages, name)
-            fetch.add_done_callback(lambda _: self.hint())
-        if not fetch.done():
-            return False
-        del self._fetches[name]
-        if (error := fetch.exception()) is not None:
-            message = error.message if isinstance(error, BackbonedError) else str(error)
-            self._library.refuse((manifest.model, manifest.version), message)
-            return False
-        return True
-
     def _wanted_versions(self) -> frozenset[VersionKey]:
         pinned = {(m, v) for m, aliases in self._records.aliases.all().items() for v in aliases.values()}
         with self._lock:
             return frozenset(self._wanted) | pinned
 
-    def _publish(self) -> None:
+    def _publish(self, *, whole: bool = True) -> None:
+        """Show what is known. Where a look isn't at its end, `whole`, only new stages are told of, and no new heads."""
+        started = time.monotonic()
         paths = tuple(model.path for model in self._library.loaded.values())
-        if paths != self._told:
+        if paths != self._told and (whole or _foundations(paths) - _foundations(self._told)):
             self._told = paths
             self._on_loaded(paths)
         before, self._snapshot = self._snapshot, self._library.snapshot()
-        self._published = time.monotonic()
         self._announcer.publish(before, self._snapshot)
+        ended = time.monotonic()
+        self._publish_at = ended + max(_PUBLISH_SECONDS, _PUBLISH_PAUSE * (ended - started))
 
     def _note_scan_error(self, message: str) -> None:
         if message and message != self._scan_error:
@@ -320,8 +307,13 @@ class Loader:
         self._scan_error = message
 
 
-def not_loaded(model: str, version: int) -> BackbonedError:
+def _foundations(paths: Sequence[Path]) -> set[LoadedStage]:
+    return {stage for path in paths for stage in path[:-1]}
+
+
+def not_loaded(model: str, version: int, reason: str = "") -> BackbonedError:
     """The error for a version that is known and not in memory yet."""
+    why = reason or "it is not loaded yet"
     return BackbonedError(
-        ErrorKind.UNAVAILABLE, f"{model} version {version} is not loaded yet; try again", retry_delay_seconds=0.5
+        ErrorKind.UNAVAILABLE, f"{model} version {version} can't answer: {why}; try again", retry_delay_seconds=0.5
     )

@@ -41,7 +41,7 @@ class Predictor:
         started = time.monotonic()
         code = "INTERNAL"
         try:
-            results = await self._answer(await self._chooser.choose(call.targets), call)
+            results = await self._answer(call)
             code = "OK"
             return results
         except BackbonedError as error:
@@ -55,7 +55,8 @@ class Predictor:
                 self._telemetry.predict_done(target.model if self._chooser.knows(target.model) else "", code)
             self._telemetry.predict_phase("total", time.monotonic() - started)
 
-    async def _answer(self, models: Sequence[LoadedModel], call: Call) -> tuple[Result, ...]:
+    async def _answer(self, call: Call) -> tuple[Result, ...]:
+        models = await self._chooser.choose(call.targets, call.patience_seconds)
         _check(call, models)
         for model in models:
             check_labels(model.manifest, call.labels)

@@ -12,6 +12,7 @@ from torch import Tensor
 from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
+from backboned.server.serving.budget import Arrival, Footprint
 from backboned.server.serving.policy import Policy, candidates, shadow
 
 
@@ -36,6 +37,11 @@ class LoadedModel:
     shared: tuple[str, ...]
     answers: Answers | None = None
 
+    @property
+    def footprint(self) -> Footprint:
+        """Its stages, each with the bytes that it takes now."""
+        return {stage.key: stage.held_bytes for stage in self.path}
+
     def calibrated(self, logits: Tensor) -> Tensor:
         """`[n, outputs]` logits whose probabilities are as often right as they say, as far as that is known."""
         return logits if self.answers is None else logits / self.answers.temperature
@@ -48,12 +54,18 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class KnownVersion:
-    """A version on disk: its manifest, and what became of it."""
+    """A version on disk: its manifest, and what became of it; `arrival`: when it is loaded, if there is no room now."""
 
     manifest: Manifest
     state: State
     reason: str = ""
     loaded: LoadedModel | None = None
+    arrival: Arrival | None = None
+
+    @property
+    def able(self) -> bool:
+        """Whether it can answer: at once, or once it is loaded for whoever asks."""
+        return self.loaded is not None or self.arrival is Arrival.ON_DEMAND
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,10 @@ class KnownModel:
 
     @cached_property
     def default(self) -> LoadedModel | None:
-        """What answers when no version is asked for: of the loaded ones, the first by policy."""
+        """What answers when no version is asked for: of the loaded ones, the first by policy.
+
+        None if the one that should is loaded on demand: then it is to be loaded, and no other one answers for it.
+        """
         return self._first(self.policy)
 
     @cached_property
@@ -93,15 +108,19 @@ class KnownModel:
         number = shadow(loaded, self.policy, self.serving) if self.serving else None
         return None if number is None else self.versions[number].loaded
 
-    @property
+    @cached_property
     def serving(self) -> int:
-        """The number of the version that answers by default; 0 if there is none."""
-        return 0 if self.default is None else self.default.manifest.version
+        """The number of the version that answers by default, in memory or loaded on demand; 0 if there is none."""
+        return self.answering(self.policy) or 0
+
+    def answering(self, policy: Policy) -> int | None:
+        """Which version `policy` answers with, in memory or loaded on demand; None: none can."""
+        # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
+        able = {v: known.manifest for v, known in self.versions.items() if known.able}
+        return next(iter(candidates(able, policy)), None)
 
     def _first(self, policy: Policy) -> LoadedModel | None:
-        # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
-        loaded = {v: known.manifest for v, known in self.versions.items() if known.loaded is not None}
-        chosen = next(iter(candidates(loaded, policy)), None)
+        chosen = self.answering(policy)
         return None if chosen is None else self.versions[chosen].loaded
 
 

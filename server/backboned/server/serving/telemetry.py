@@ -27,6 +27,12 @@ class ServingTelemetry(Protocol):
     def checkpoint_load(self, result: str, seconds: float) -> None:
         """A checkpoint was `loaded`, `adopted`, or found to be `quarantined`."""
 
+    def evicted(self) -> None:
+        """A version was taken out of memory because others were asked for later."""
+
+    def cold_call(self, seconds: float) -> None:
+        """A call waited so long for a version that was loaded for it."""
+
     def serving_version(self, model: str, version: int) -> None:
         """`version` now answers for `model` by default."""
 

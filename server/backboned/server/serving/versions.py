@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_found
 from backboned.server.serving.aliases import LATEST
+from backboned.server.serving.budget import Arrival
 from backboned.server.serving.history import Change, Entry
 from backboned.server.serving.loader import Loader, not_loaded
 from backboned.server.serving.policy import NAMING, VersionPolicy, candidates
@@ -221,6 +222,12 @@ class Versions:
                 raise BackbonedError(
                     ErrorKind.FAILED_PRECONDITION,
                     f"version {version} of {name} is quarantined: {known.reason}",
+                    field="version",
+                )
+            if known.arrival is Arrival.NEVER:
+                raise BackbonedError(
+                    ErrorKind.FAILED_PRECONDITION,
+                    f"version {version} of {name} can't be loaded: {known.reason}",
                     field="version",
                 )
             if known.loaded is not None:

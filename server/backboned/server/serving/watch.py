@@ -1,11 +1,20 @@
 """Watching the checkpoint directory: every event is a hint to look, and nothing more."""
 
 import logging
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from watchdog.events import EVENT_TYPE_CLOSED_NO_WRITE, EVENT_TYPE_OPENED, FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    EVENT_TYPE_CLOSED,
+    EVENT_TYPE_CLOSED_NO_WRITE,
+    EVENT_TYPE_MOVED,
+    EVENT_TYPE_OPENED,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
@@ -44,6 +53,10 @@ class Watcher:
         self._watched: tuple[int, int] | None = None
         self.polling = mode == "polling" or (mode == "auto" and needs_polling(root.resolve(), _mounts()))
 
+    def closed(self) -> frozenset[Path]:
+        """The files that whoever wrote them has closed, or renamed to what they are, since the last call."""
+        return self._handler.take_closed()
+
     def ensure(self) -> None:
         """Watch the directory that is at `root` now."""
         if self.polling:
@@ -77,11 +90,22 @@ class Watcher:
 class _Hints(FileSystemEventHandler):
     def __init__(self, hint: Callable[[], None]) -> None:
         self._hint = hint
+        self._closed: set[Path] = set()
+        self._lock = threading.Lock()
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         # Our own looks open and close files: to take these for changes would never end.
-        if event.event_type not in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
-            self._hint()
+        if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
+            return
+        if event.event_type in (EVENT_TYPE_CLOSED, EVENT_TYPE_MOVED) and not event.is_directory:
+            with self._lock:
+                self._closed.add(Path(os.fsdecode(event.dest_path or event.src_path)))
+        self._hint()
+
+    def take_closed(self) -> frozenset[Path]:
+        with self._lock:
+            closed, self._closed = self._closed, set()
+        return frozenset(closed)
 
 
 def _mounts() -> str:

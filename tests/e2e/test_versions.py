@@ -33,7 +33,7 @@ class Served:
     def drop(self, model: str, version: int) -> None:
         digits = Catalogue.from_entry_points().get("digits")
         state = seeded_state(digits, seed=0)
-        state["fc.weight"], state["fc.bias"] = torch.zeros(5, digits.feature_size), torch.zeros(5)
+        state["fc.weight"], state["fc.bias"] = 1e-3 * torch.randn(5, digits.feature_size), torch.zeros(5)
         state["fc.bias"][version] = 9.0
         (self.folder / model).mkdir(exist_ok=True)
         torch.save({"backbone": "digits", "model_state_dict": state}, self.folder / model / f"{version}.pt")

@@ -53,6 +53,7 @@ class Maker:
 
     def write(self, models: Models, root: Path) -> None:
         """Write version 1 of each below the checkpoint directory `root`."""
+        root.mkdir(parents=True, exist_ok=True)
         directory = CheckpointDirectory(root)
         for name, state in models.items():
             trained = {stage: tensors for stage, tensors in self.backbone.split(state).items() if tensors}

@@ -12,6 +12,7 @@ from backboned.server.ops.metrics import Metrics
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.training.events import JobState
 from backboned.server.training.settings import TrainingTelemetry
+from backboned.server.troubles import TroubleKind, Troubles
 
 FAMILIES = {
     "training_loss": {"model", "split"},
@@ -34,6 +35,7 @@ FAMILIES = {
     "evictions_total": set(),
     "serving_version": {"model"},
     "checkpoint_last_scan_timestamp_seconds": set(),
+    "trouble": {"kind"},
     "stages_loaded": set(),
     "stage_memory_bytes": set(),
     "stage_memory_limit_bytes": set(),
@@ -176,3 +178,13 @@ def test_promtool_is_content(busy: Metrics) -> None:
         ["promtool", "check", "metrics"], input=generate_latest(busy.registry), capture_output=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_every_kind_of_trouble_is_there_from_the_start(metrics: Metrics) -> None:
+    troubles = Troubles()
+    metrics.watch_troubles(troubles.has)
+    assert 'backboned_trouble{kind="database"} 0.0' in generate_latest(metrics.registry).decode()
+    troubles.tell(TroubleKind.DATABASE, "it is locked")
+    text = generate_latest(metrics.registry).decode()
+    assert 'backboned_trouble{kind="database"} 1.0' in text
+    assert all(f'backboned_trouble{{kind="{kind.value}"}}' in text for kind in TroubleKind)

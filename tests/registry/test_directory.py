@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backboned.registry.directory import CheckpointDirectory, Seen, Signature
+from backboned.registry.directory import CheckpointDirectory, Seen, Signature, Tombstone
 from backboned.registry.errors import BackbonedError
 
 
@@ -211,7 +211,7 @@ def test_of_a_removed_version_the_dropped_file_is_remembered_as_long_as_it_is_th
     for version in (1, 2):
         directory.remove("flowers", version)
     assert directory.scan().deleted == {("flowers", 1)}
-    assert directory.tombstone("flowers", 1) == ("kept.pt", "7@1")
+    assert directory.tombstone("flowers", 1) == Tombstone("kept.pt", "7@1")
     assert not (flowers / "2").exists() and (flowers / "kept.pt").exists()
 
 
@@ -240,4 +240,4 @@ def test_a_tombstone_that_says_nothing_is_of_no_file(directory: CheckpointDirect
     (flowers / "1").mkdir()
     for content in ("", "[]", "{}", '{"adopted_from": "../../etc/passwd", "adopted_key": 1}'):
         (flowers / "1" / "deleted.json").write_text(content)
-        assert directory.tombstone("flowers", 1) in {("", ""), ("passwd", "1")}
+        assert directory.tombstone("flowers", 1) in {Tombstone(), Tombstone("passwd", "1")}

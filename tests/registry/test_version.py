@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backboned.registry import BackbonedError, Catalogue, ErrorKind, Preprocessing
+from backboned.registry.adoption import Before
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.payload import IncompleteFile
@@ -83,7 +84,7 @@ class Shelf:
     def adopt(self, name: str = "mine.pt", previous: VersionWeights | None = None) -> VersionWeights | None:
         """Adopt what was dropped under a name."""
         drop = self.directory.scan().drops[self.folder / name]
-        return self.reader.adopt(drop, None if previous is None else previous.manifest)
+        return self.reader.adopt(drop, Before(None if previous is None else previous.manifest))
 
     def refusal(self, manifest: Manifest | None = None) -> BackbonedError:
         """The error that reading a version ends in, or adopting what was dropped."""

@@ -40,6 +40,7 @@ from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
 from backboned.server.serving.remembered import Memory
 from backboned.server.serving.snapshot import State
+from backboned.server.troubles import TroubleKind, Troubles
 
 PATIENCE_SECONDS = 30.0
 StartLoader = Callable[[Catalogue], Loader]
@@ -51,6 +52,7 @@ class Room:
     loader: Loader
     records: Records
     stages: StageStore
+    troubles: Troubles
     predict: Callable[..., Result]
 
     def drop(self, model: str, seed: int, classes: int = 3) -> Path:
@@ -65,6 +67,10 @@ class Room:
 
     def wait_for_version(self, model: str, version: int) -> None:
         self.wait(lambda: version in self.versions(model))
+
+    def told(self, kind: TroubleKind) -> str:
+        """What is wrong of a kind; empty if nothing is."""
+        return next((trouble.text for trouble in self.troubles.now() if trouble.kind is kind), "")
 
     def versions(self, model: str) -> Mapping[int, State]:
         known = self.loader.snapshot.models.get(model)
@@ -96,7 +102,12 @@ def catalogue() -> Catalogue:
 
 
 @pytest.fixture
-def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
+def troubles() -> Troubles:
+    return Troubles()
+
+
+@pytest.fixture
+def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
     """Starts a loader alone, on `tmp_path`, with these backbones."""
     with ExitStack() as stack:
         database = open_database(tmp_path / ".state" / "db.sqlite")
@@ -111,6 +122,7 @@ def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
                 StageStore(Device.choose("cpu", "fp32")),
                 telemetry=Metrics(version="0", torch_version="0", device="cpu"),
                 records=records,
+                troubles=troubles,
                 settings=LoaderSettings(scan_interval_seconds=0.2),
             )
             loader.start()
@@ -121,7 +133,7 @@ def start_loader(tmp_path: Path) -> Iterator[StartLoader]:
 
 
 @pytest.fixture
-def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
+def room(tmp_path: Path, photo: bytes, troubles: Troubles) -> Iterator[Room]:
     with ExitStack() as stack:
         (tmp_path / "checkpoints").mkdir()
         database = open_database(tmp_path / "db.sqlite")
@@ -138,6 +150,7 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
             stages,
             telemetry=telemetry,
             records=records,
+            troubles=troubles,
             settings=LoaderSettings(scan_interval_seconds=0.2, limits=Limits(0.5, 2)),
         )
         loader.start()
@@ -149,14 +162,14 @@ def room(tmp_path: Path, photo: bytes) -> Iterator[Room]:
         def predict(model: str, version: int | None = None, alias: str | None = None) -> Result:
             async def ask() -> tuple[Result, ...]:
                 admission = Admission(100, 10**7, engine.seconds_to_clear)
-                outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
+                outcomes = Outcomes(Memory(database, 0, Troubles()), lambda: loader.snapshot, telemetry)
                 predictor = Predictor(Chooser(loader, records, telemetry), engine, admission, outcomes, telemetry)
                 return await predictor.predict(Call((Target(model, version, alias),), [photo]))
 
             (result,) = asyncio.run(ask())
             return result
 
-        yield Room(tmp_path / "checkpoints", loader, records, stages, predict)
+        yield Room(tmp_path / "checkpoints", loader, records, stages, troubles, predict)
 
 
 def test_a_dropped_file_answers_and_a_second_one_takes_over(room: Room) -> None:
@@ -218,10 +231,10 @@ def test_a_directory_that_vanishes_and_comes_back_interrupts_nothing(room: Room)
     room.drop("m", seed=1)
     room.wait(lambda: room.versions("m") == {1: State.SERVING})
     room.root.rename(room.root.parent / "away")
-    room.wait(lambda: room.loader.scan_error)
+    room.wait(lambda: room.told(TroubleKind.CHECKPOINT_DIRECTORY))
     assert room.predict("m").version == 1
     (room.root.parent / "away").rename(room.root)
-    room.wait(lambda: not room.loader.scan_error)
+    room.wait(lambda: not room.troubles.now())
     room.drop("m", seed=2)
     room.wait(lambda: 2 in room.versions("m"))
     assert room.predict("m").version == 2
@@ -335,7 +348,7 @@ def test_while_weights_are_fetched_other_models_are_served(start_loader: StartLo
 
 
 def test_a_defect_in_a_round_does_not_end_the_loader(
-    start_loader: StartLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_loader: StartLoader, troubles: Troubles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> None:
         raise ZeroDivisionError("a defect")
@@ -343,10 +356,10 @@ def test_a_defect_in_a_round_does_not_end_the_loader(
     with monkeypatch.context() as patch:
         patch.setattr(Aliases, "all", broken)
         loader = start_loader(catalogue())
-        wait_for(loader, lambda: "the loader failed: ZeroDivisionError" in loader.scan_error)
+        wait_for(loader, lambda: any("the loader failed: ZeroDivisionError" in t.text for t in troubles.now()))
     (tmp_path / "m").mkdir()
     torch.save(state(1, 3), tmp_path / "m" / "model.pt")
-    wait_for(loader, lambda: "m" in loader.snapshot.models and not loader.scan_error)
+    wait_for(loader, lambda: "m" in loader.snapshot.models and not troubles.now())
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name(room: Room) -> None:

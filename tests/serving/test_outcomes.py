@@ -17,6 +17,7 @@ from backboned.server.serving.policy import Policy, VersionPolicy
 from backboned.server.serving.remembered import Memory
 from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedModel, Snapshot, State
 from backboned.server.serving.tree import Answer
+from backboned.server.troubles import Troubles
 
 SURE = torch.tensor([9.0, 0.0, 0.0])
 """Of an ant."""
@@ -29,7 +30,7 @@ class Desk:
         known = {m.manifest.version: KnownVersion(m.manifest, State.SERVING, loaded=m) for m in versions}
         self.model = KnownModel("flowers", known, Policy(VersionPolicy.MANUAL, 1))
         self.models = {"flowers": self.model}
-        self.memory = Memory(database, 2**20)
+        self.memory = Memory(database, 2**20, Troubles())
         self.outcomes = Outcomes(self.memory, lambda: Snapshot(self.models), telemetry)
         self.serving, self.shadow = versions
         self.asked = 0

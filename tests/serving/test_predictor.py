@@ -37,6 +37,7 @@ from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
 from backboned.server.serving.remembered import Memory
 from backboned.server.serving.snapshot import State
+from backboned.server.troubles import Troubles
 
 TIMEOUT_SECONDS = 30.0
 CLASSES = ("ant", "bee", "wasp")
@@ -90,6 +91,7 @@ def world(
             StageStore(Device.choose("cpu", "fp32")),
             telemetry=_Silent(),
             records=records,
+            troubles=Troubles(),
             settings=LoaderSettings(scan_interval_seconds=0.2, limits=Limits(settle_seconds=0.5)),
         )
         for (model, version), network in networks.items():
@@ -106,7 +108,7 @@ def world(
         _damaged_copy(directory.root / "flowers" / "2", 3)
         _wait(loader, lambda: 3 in loader.snapshot.models["flowers"].versions)
         _wait(loader, lambda: all(f.state is State.QUARANTINED for f in loader.snapshot.refused))
-        yield World(loader, records, Memory(database, 2**20), networks)
+        yield World(loader, records, Memory(database, 2**20, Troubles()), networks)
 
 
 def leaves_network() -> nn.Module:

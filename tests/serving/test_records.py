@@ -1,9 +1,12 @@
 """Decisions and the journal outlive the process."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from backboned.server.serving.decisions import share
 from backboned.server.serving.history import Change, Entry
@@ -64,6 +67,9 @@ def test_the_journal_tells_what_served_newest_first(records: Records, database: 
     history.add(Entry("m", Change.ALIAS, 1, 0, subject="stable", actor="ann", reason="why not"))
     history.add(Entry("m", Change.SERVING, 2, 1), Entry("n", Change.SERVING, 0, 7))
     history.add(Entry("m", Change.SERVING, 1, 2))
+    assert history.served("m") == [1, 2, 1] and not history.entries()  # it knows what it has still to write
+    history.catch_up(wait_seconds=5)
+    history.catch_up(wait_seconds=5)
     again = Records.of(database).history
     assert again.served("m") == [1, 2, 1] and again.served("n") == [7]
     assert again.serving() == {"m": 1}
@@ -73,3 +79,30 @@ def test_the_journal_tells_what_served_newest_first(records: Records, database: 
     (alias,) = (e for e in again.entries("m") if e.change is Change.ALIAS)
     assert (alias.subject, alias.actor, alias.reason) == ("stable", "ann", "why not")
     assert {e.model for e in again.entries("n")} == {"n"}
+
+
+def test_a_change_and_its_entry_in_the_journal_are_made_together_or_not_at_all(
+    records: Records, database: Engine
+) -> None:
+    entry = Entry("m", Change.POLICY, 3)
+    records.decisions.choose("m", VersionPolicy.PINNED, 3, journal=[entry])
+    records.aliases.set("m", "stable", 3, journal=[replace(entry, change=Change.ALIAS)])
+    noted = [e.change for e in records.history.entries()]
+    with database.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE history RENAME TO elsewhere")
+    changes: tuple[Callable[[], None], ...] = (
+        lambda: records.decisions.choose("m", VersionPolicy.BEST, journal=[entry]),
+        lambda: records.decisions.divide("m", {"stable": 1}, journal=[entry]),
+        lambda: records.decisions.reject("m", 3, "worse", instead=2, journal=[entry]),
+        lambda: records.aliases.set("m", "stable", 4, journal=[entry]),
+        lambda: records.aliases.delete("m", "stable", journal=[entry]),
+    )
+    for change in changes:
+        with pytest.raises(OperationalError):
+            change()
+    with database.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO history")
+    for now in (records, Records.of(database)):
+        assert now.decisions.policies() == {"m": Policy(VersionPolicy.PINNED, 3)} and not now.decisions.split("m")
+        assert now.aliases.of("m") == {"stable": 3}
+        assert [e.change for e in now.history.entries()] == noted == [Change.ALIAS, Change.POLICY]

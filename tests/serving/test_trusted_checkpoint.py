@@ -30,6 +30,7 @@ from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
 from backboned.server.serving.remembered import Memory
 from backboned.server.serving.telemetry import ServingTelemetry
+from backboned.server.troubles import Troubles
 
 LABEL = "bee"
 TEMPERATURE = 3.0
@@ -77,13 +78,14 @@ def predictor(
         StageStore(device),
         telemetry=telemetry,
         records=records,
+        troubles=Troubles(),
         settings=LoaderSettings(),
     )
     engine = Engine(device, telemetry, partial(prepare, max_pixels=10**6), threads=1)
     loader.start()
     engine.start()
     loader.refresh().result(30)
-    outcomes = Outcomes(Memory(database, 0), lambda: loader.snapshot, telemetry)
+    outcomes = Outcomes(Memory(database, 0, Troubles()), lambda: loader.snapshot, telemetry)
     yield Predictor(
         Chooser(loader, records, telemetry), engine, Admission(100, 10**8, lambda _: 0.1), outcomes, telemetry
     )

@@ -70,6 +70,7 @@ class Daemon:
         self.standby = standby
         self.work = tmp_path / "work"
         self.directory = CheckpointDirectory(tmp_path / "checkpoints")
+        self.directory.root.mkdir(exist_ok=True)
         self.served: list[tuple[str, int, JobState]] = []
         self.telemetry = Telemetry()
         self._store = JobStore(engine)

@@ -4,6 +4,7 @@
 <root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
 """
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from backboned.registry.payload import SUFFIXES
 from backboned.registry.sidecar import sidecar_paths
 
 MAX_VERSION = 2**62
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 TOMBSTONE_NAME = "deleted.json"
 """What is left of a deleted version whose number, or dropped file, must not be taken for a new one."""
 
@@ -33,11 +35,13 @@ class Signature:
 
     @classmethod
     def of(cls, path: Path) -> "Signature | None":
-        """The signature of the file at `path`; None if there is none."""
+        """The signature of the file at `path`; None if there is none. Raises `OSError` if that can't be told."""
         try:
             stat = path.stat()
-        except OSError:
-            return None
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
@@ -52,21 +56,44 @@ class Drop:
 
     @property
     def key(self) -> str:
-        """What changes with its content, also over a restart: sizes and modification times."""
-        return " ".join(f"{s.size_bytes}@{s.mtime_ns}" if s else "-" for s in (self.signature, *self.beside))
+        """What changes with its content, also over a restart: sizes, and times of modification and change."""
+        return " ".join(
+            f"{s.size_bytes}@{s.mtime_ns}@{s.ctime_ns}" if s else "-" for s in (self.signature, *self.beside)
+        )
+
+
+def look_alike(key: str, other: str) -> bool:
+    """Whether two keys of files differ at most in times of change: another owner, or a copy, changes these too."""
+    return [part.split("@")[:2] for part in key.split()] == [part.split("@")[:2] for part in other.split()]
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """Of a deleted version, the name and key of the dropped file that it was adopted from, and its sha256."""
+
+    adopted_from: str = ""
+    adopted_key: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Seen:
     """What one look at the directory found. `refused` has paths that can't be used as they are, with the reason.
 
-    `deleted` are versions of which only a tombstone is left.
+    `deleted` are versions of which only a tombstone is left. `unreadable` has the models whose folder can't be looked
+    into, or not wholly, with the reason: of what isn't seen of these nothing is known.
     """
 
     versions: dict[tuple[str, int], Signature] = field(default_factory=dict)
     drops: dict[Path, Drop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
     deleted: set[tuple[str, int]] = field(default_factory=set)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing at all."""
+        return not (self.versions or self.drops or self.refused or self.deleted or self.unreadable)
 
 
 class CheckpointDirectory:
@@ -82,10 +109,11 @@ class CheckpointDirectory:
     def reserve(self, model: str, *, above: int = 0) -> int:
         """Make the folder of the model's next version, and return its number. No two callers get the same one.
 
-        It is higher than any version whose folder is there, and than `above`.
+        It is higher than any version whose folder is there, and than `above`. Raises `OSError` if it can't be made, as
+        where the directory itself is gone.
         """
         folder = self.root / check_name(model)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         version = max(above, *self.versions(model), 0)
         while True:
             version += 1
@@ -104,33 +132,57 @@ class CheckpointDirectory:
         return sorted(v for v in map(_version, names) if v is not None)
 
     def remove(self, model: str, version: int) -> None:
-        """Delete a version. Its manifest becomes a tombstone first: then it is gone, and its number isn't given again.
+        """Delete a version: `bury` and `clear`. Raises `OSError` if it can't be deleted."""
+        self.bury(model, version)
+        self.clear(model, version)
 
-        A dropped file that it was adopted from stays, and isn't adopted anew. Raises `OSError` if it can't be deleted.
+    def holds(self, model: str, version: int) -> bool:
+        """Whether a version is there. Raises `OSError` if that can't be told, as where the directory is gone."""
+        if not any(self.root.iterdir()):
+            raise FileNotFoundError(errno.ENOENT, "the checkpoint directory is empty", str(self.root))
+        return Signature.of(self.version(model, version) / MANIFEST_NAME) is not None
+
+    def bury(self, model: str, version: int) -> None:
+        """Make a version's manifest a tombstone, at one stroke: then it is gone, and its number isn't given again.
+
+        Raises `OSError` if that can't be done; then it is there as it was.
         """
         folder = self.version(model, version)
         if folder.is_symlink():  # what it leads to is another version's
             folder.unlink()
             folder.mkdir()
-        manifest, tombstone = folder / MANIFEST_NAME, folder / TOMBSTONE_NAME
+        manifest = folder / MANIFEST_NAME
         if manifest.exists():
-            manifest.replace(tombstone)  # at one stroke, and on a disk that is full
+            manifest.replace(folder / TOMBSTONE_NAME)  # also on a disk that is full
             sync_path(folder)
+
+    def clear(self, model: str, version: int) -> None:
+        """Remove the files of a version that was buried, as often as it takes. Raises `OSError` if some are left.
+
+        Its tombstone stays where its number could be given again, or a dropped file that it was adopted from is still
+        there: that isn't adopted anew.
+        """
+        folder = self.version(model, version)
+        tombstone = folder / TOMBSTONE_NAME
+        if not folder.is_dir():
+            return
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path != tombstone:
                 path.unlink()
-        source, _ = self.tombstone(model, version)
+        source = self.tombstone(model, version).adopted_from
         if version != max(self.versions(model)) and not (source and (folder.parent / source).exists()):
             shutil.rmtree(folder)
 
-    def tombstone(self, model: str, version: int) -> tuple[str, str]:
-        """Of a deleted version, the name and key of the dropped file that it was adopted from; empty if of none."""
-        with suppress(OSError, ValueError, LookupError, TypeError):
+    def tombstone(self, model: str, version: int) -> "Tombstone":
+        """What is left of a deleted version; empty if it was adopted from no file, or nothing is left."""
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             values = json.loads((self.version(model, version) / TOMBSTONE_NAME).read_text(encoding="utf-8"))
-            return Path(str(values["adopted_from"])).name, str(values["adopted_key"])
-        return "", ""
+            digests = [e["sha256"] for e in values.get("epochs", ()) if e["epoch"] == values.get("best_epoch")]
+            name, key = Path(str(values["adopted_from"])).name, str(values["adopted_key"])
+            return Tombstone(name, key, str(next(iter(digests), "")))
+        return Tombstone()
 
     def scan(self) -> Seen:
         """Look at everything that could be served, at names and signatures only. Raises `OSError` if there's no root.
@@ -143,13 +195,14 @@ class CheckpointDirectory:
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
             try:
-                entries = _entries(folder)
+                for path in _entries(folder):
+                    self._look(seen, path, real_root)
             except (FileNotFoundError, NotADirectoryError):
                 if not self.root.is_dir():
                     raise
                 continue  # a model that was removed meanwhile
-            for path in entries:
-                self._look(seen, path, real_root)
+            except OSError as error:  # one model that can't be looked at hides no other
+                seen.unreadable[folder.name] = str(error)
         return seen
 
     def _look(self, seen: Seen, path: Path, real_root: str) -> None:

@@ -1,5 +1,6 @@
 """A version of a model: written by a trainer, adopted from a dropped file, read for serving."""
 
+import secrets
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backboned.registry.adoption import Before, adding, keep, same, taken_by_another
 from backboned.registry.answers import Answers
 from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomically
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
 from backboned.registry.errors import BackbonedError
+from backboned.registry.lock import locked
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.payload import Payload, read_payload, refused
 from backboned.registry.recognise import Recognised, Recogniser
@@ -107,7 +110,8 @@ class VersionReader:
         """The weights of a version's best epoch, or of `epoch`.
 
         Raises `BackbonedError`: `DATA_LOSS` if the file isn't what the manifest says, `FAILED_PRECONDITION` if the
-        backbone's weights aren't to be had, `NOT_FOUND` if no plugin offers the backbone.
+        backbone's weights aren't to be had, `NOT_FOUND` if no plugin offers the backbone. Raises `OSError` if the file
+        can't be read now, which is no fault of the file's.
         """
         record = manifest.best if epoch is None else next(e for e in manifest.epochs if e.epoch == epoch)
         path = self._directory.version(manifest.model, manifest.version) / record.file
@@ -115,7 +119,7 @@ class VersionReader:
             if path.stat().st_size != record.size_bytes or file_digest(path) != record.sha256:
                 raise refused(f"{record.file} is truncated or altered: it doesn't match the sha256 in the manifest")
             payload = read_payload(path, verified=True)
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise refused(f"{record.file} can't be read: {error.strerror}") from error
         found = self._recogniser.recognise(payload, manifest.backbone)
         if found.outputs != manifest.task.outputs(len(manifest.classes)):
@@ -125,47 +129,42 @@ class VersionReader:
         shared = found.missing or self._shared(found, stages)
         return VersionWeights(manifest, found.backbone, stages, shared, _answers(payload, manifest, found.backbone))
 
-    def adopt(self, drop: Drop, previous: Manifest | None = None) -> VersionWeights | None:
+    def adopt(self, drop: Drop, before: Before = Before()) -> VersionWeights | None:  # noqa: B008 - it is immutable
         """Make a dropped file the model's next version: a private copy of it, checked, with a manifest.
 
-        Returns None if it says nothing new against `previous`, which was adopted under the same name. Raises
-        `BackbonedError` with the reason if it can't be used, and `OSError` if it can't be copied; then nothing is left
-        behind.
+        Returns None if it says nothing new against what was adopted `before`, or another daemon has adopted it
+        meanwhile. Raises `BackbonedError` with the reason if it can't be used, and `OSError` if it can't be copied;
+        then nothing is left behind.
         """
-        folder = drop.path.parent
-        copy = folder / f"{TEMPORARY_PREFIX}{time.time_ns():x}{drop.path.suffix}"
+        copy = drop.path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{drop.path.suffix}"
         try:
-            shutil.copyfile(drop.path, copy)
-            with ThreadPoolExecutor(2) as aside:
-                sha256, synced = aside.submit(file_digest, copy), aside.submit(sync_path, copy)
-                payload = read_payload(copy)
-                sidecar = _told(drop, payload)
-                found = self._recogniser.recognise(payload, sidecar.backbone)
-                stages = self._assemble(found, _foundations(payload))
-            synced.result()
-            manifest = _manifest(drop, payload, sidecar, found, stages)
-            answers = _answers(payload, manifest, found.backbone)
-            best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
-            manifest = replace(manifest, epochs=(best,))
-            if previous is not None and _same(manifest, previous):
-                return None
-            manifest = replace(manifest, version=self._directory.reserve(drop.model))
-            self._keep(copy, manifest)
+            with locked(copy):
+                return self._adopt(drop, copy, before)
         finally:
             copy.unlink(missing_ok=True)
+
+    def _adopt(self, drop: Drop, copy: Path, before: Before) -> VersionWeights | None:
+        shutil.copyfile(drop.path, copy)
+        with ThreadPoolExecutor(2) as aside:
+            sha256, synced = aside.submit(file_digest, copy), aside.submit(sync_path, copy)
+            payload = read_payload(copy)
+            sidecar = _told(drop, payload)
+            found = self._recogniser.recognise(payload, sidecar.backbone)
+            stages = self._assemble(found, _foundations(payload))
+        synced.result()
+        manifest = _manifest(drop, payload, sidecar, found, stages)
+        answers = _answers(payload, manifest, found.backbone)
+        best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
+        manifest = replace(manifest, epochs=(best,))
+        if best.sha256 in before.deleted or (before.previous is not None and same(manifest, before.previous)):
+            return None
+        with adding(self._directory):
+            if taken_by_another(self._directory, drop, manifest, before.versions):
+                return None
+            manifest = replace(manifest, version=self._directory.reserve(drop.model))
+            keep(copy, manifest, self._directory.version(manifest.model, manifest.version))
         shared = found.missing or self._shared(found, stages)
         return VersionWeights(manifest, found.backbone, stages, shared, answers)
-
-    def _keep(self, copy: Path, manifest: Manifest) -> None:
-        """Move a checked file into the folder of its version, all or nothing."""
-        folder = self._directory.version(manifest.model, manifest.version)
-        try:
-            copy.replace(folder / manifest.best.file)
-            sync_path(folder)
-            manifest.write(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def _assemble(self, found: Recognised, expected: Mapping[str, str]) -> dict[str, StageWeights]:
         """The weights of all stages: the file's own, and for the missing ones those of the backbone, if as expected."""
@@ -215,12 +214,6 @@ def _manifest(
         adopted_key=drop.key,
         versions=library_versions(),
     )
-
-
-def _same(new: Manifest, old: Manifest) -> bool:
-    """Whether two adopted manifests say the same of the same bytes."""
-    told = (new.best.sha256, new.task, new.classes, new.preprocessing, new.backbone)
-    return told == (old.best.sha256, old.task, old.classes, old.preprocessing, old.backbone)
 
 
 def library_versions() -> dict[str, str]:

@@ -32,10 +32,12 @@ from backboned.server.compute.device import Device, usable_cores
 from backboned.server.compute.stages import StageStore
 from backboned.server.config import Config
 from backboned.server.database import open_database
+from backboned.server.database_watch import DatabaseWatch
 from backboned.server.ops.http import HttpServer, application
 from backboned.server.ops.metrics import Metrics
 from backboned.server.serving.admission import Admission
 from backboned.server.serving.choose import Chooser
+from backboned.server.serving.deletions import Deletions
 from backboned.server.serving.engine import Engine
 from backboned.server.serving.loader import Loader, LoaderSettings
 from backboned.server.serving.outcomes import Outcomes
@@ -52,6 +54,7 @@ from backboned.server.training.settings import TrainingSettings
 from backboned.server.training.standby import Standby
 from backboned.server.training.supervisor import JobSupervisor
 from backboned.server.training.uploads import UploadStore
+from backboned.server.troubles import Troubles
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ LOCK_NAME = "lock"
 COMPILED_NAME = "compiled"
 UPLOADS_NAME = "uploads"
 SWITCH_SECONDS = 0.0002
+_LOOK_PAUSE_SECONDS = 0.2
 COMPILED_BYTES = 8 * 2**30
 SHARE_OF_MEMORY = 0.6
 """Of the device's memory, for models; the rest is for batches, and on a CPU for everything else."""
@@ -113,6 +117,8 @@ class Daemon:
             enabled=config.compile == "auto",
         )
         memory_bytes = _memory_for_models(config, device)
+        self.troubles = Troubles()
+        self._database_watch = DatabaseWatch(database, config.state_dir.absolute() / DATABASE_NAME, self.troubles)
         records = Records.of(database)
         self.loader = Loader(
             directory,
@@ -121,6 +127,7 @@ class Daemon:
             self._stages,
             telemetry=self.metrics,
             records=records,
+            troubles=self.troubles,
             settings=LoaderSettings(
                 config.scan_interval_seconds,
                 config.watch,
@@ -130,7 +137,7 @@ class Daemon:
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
         chooser = Chooser(self.loader, records, self.metrics)
-        self._memory = Memory.open(config.state_dir / ANSWERS_NAME, config.remember_answers)
+        self._memory = Memory.open(config.state_dir / ANSWERS_NAME, config.remember_answers, self.troubles)
         outcomes = Outcomes(self._memory, lambda: self.loader.snapshot, self.metrics)
         self.predictor = Predictor(chooser, self.engine, admission, outcomes, self.metrics)
         self.uploads = UploadStore(config.state_dir.resolve() / UPLOADS_NAME, config.upload_quota)
@@ -145,7 +152,8 @@ class Daemon:
             standby=self._standby,
             before_success=self._see_version,
         )
-        self.versions = Versions(self.loader, directory, records, self.jobs.writes)
+        deletions = Deletions(database, directory, self.troubles)
+        self.versions = Versions(self.loader, records, deletions, self.jobs.writes)
         rooms = Rooms(
             catalogue,
             weights,
@@ -176,7 +184,9 @@ class Daemon:
         self.metrics.watch_queue(self.engine.depth)
         self.metrics.watch_stages(self._stages.loaded, memory_bytes)
         self.metrics.watch_compiler(not self._compiler.unavailable, self._compiler.compiled, self._compiler.pending)
-        self.http = HttpServer(application(self.metrics.registry, self._not_ready))
+        self.metrics.watch_troubles(self.troubles.has)
+        self.http = HttpServer(application(self.metrics.registry, self._not_ready, self.troubles))
+        self._opening: asyncio.Task[None] | None = None
         self._not_ready_reason: str | None = "starting: models are being loaded"
 
     async def start(self) -> dict[str, str]:
@@ -185,13 +195,18 @@ class Daemon:
         self.grpc.launch()
         self.engine.start()
         self._memory.start()
+        self._database_watch.start()
         first_look = asyncio.wrap_future(self.loader.refresh())
         self.loader.start()
         await asyncio.gather(first_look, asyncio.to_thread(self.uploads.open))
+        await self.versions.finish_deletions()
         self._compiler.start()
         await self.jobs.start()
         grpc_port = await self.grpc.start(self._config.host, self._config.grpc_port)
-        self.grpc.set_serving(True)
+        if self.loader.has_looked:
+            self.grpc.set_serving(True)
+        else:
+            self._opening = asyncio.create_task(self._serve_once_looked())
         self._sweeper.start()
         self._promoter.start()
         self._not_ready_reason = None
@@ -201,6 +216,8 @@ class Daemon:
     async def stop(self) -> None:
         """Say that no more is served, finish what is under way within the drain time, and stop all parts."""
         self._not_ready_reason = "stopping"
+        if self._opening is not None:
+            self._opening.cancel()
         self.grpc.set_serving(False)
         drain = self._config.drain_seconds
         await asyncio.gather(self._sweeper.stop(), self._promoter.stop())
@@ -208,15 +225,24 @@ class Daemon:
         self._standby.close()
         self.uploads.close()
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self.loader, self.engine, self._compiler)))
-        await asyncio.to_thread(self._memory.stop)
+        await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self._memory, self._database_watch)))
         await self.http.stop()
 
     async def _see_version(self, *_: object) -> None:
         """Wait until the loader has looked at a version that was just completed."""
         await asyncio.wrap_future(self.loader.refresh())
 
+    async def _serve_once_looked(self) -> None:
+        """Say that calls can be answered once it is known what there is to answer with."""
+        while True:
+            await asyncio.sleep(_LOOK_PAUSE_SECONDS)
+            if self.loader.has_looked:
+                return self.grpc.set_serving(True)
+
     def _not_ready(self) -> str | None:
-        return self._not_ready_reason or self.loader.scan_error or None
+        if self._not_ready_reason or self.loader.has_looked:
+            return self._not_ready_reason
+        return "the checkpoint directory could not be looked at yet"
 
 
 async def _serve(config: Config) -> None:

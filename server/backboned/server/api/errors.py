@@ -1,5 +1,6 @@
 """From typed errors to gRPC status, once for all RPCs."""
 
+import errno
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.server.database import meaning
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,14 @@ _CODES = {
     ErrorKind.UNIMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
     ErrorKind.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
     ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+_DISK = {
+    errno.ENOSPC: ErrorKind.RESOURCE_EXHAUSTED,
+    errno.EDQUOT: ErrorKind.RESOURCE_EXHAUSTED,
+    errno.EROFS: ErrorKind.FAILED_PRECONDITION,
+    errno.EACCES: ErrorKind.FAILED_PRECONDITION,
+    errno.EPERM: ErrorKind.FAILED_PRECONDITION,
 }
 
 Handler = Callable[[Any, Any], Any]
@@ -93,6 +103,15 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BackbonedEr
     await context.abort(status.code, status.details, tuple(metadata))
 
 
+def expected(error: Exception) -> BackbonedError | None:
+    """What an error of a disk or of the database means to the caller; None for one that nobody expected."""
+    if isinstance(error, BackbonedError):
+        return error
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return BackbonedError(_DISK[error.errno], f"the daemon's disk can't be written: {error.strerror}")
+    return meaning(error)
+
+
 def unexpected(error: Exception, method: str) -> BackbonedError:
     """What the caller of `method` is told of an error that nobody expected; the log gets all of it."""
     reference = secrets.token_hex(4)
@@ -108,12 +127,10 @@ def _unary(inner: Handler | None, method: str) -> Handler:
     async def call(request: Any, context: Any) -> Any:
         try:
             return await inner(request, context)
-        except BackbonedError as error:
-            await _abort(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, unexpected(error, method))
+            await _abort(context, expected(error) or unexpected(error, method))
 
     return call
 
@@ -125,11 +142,9 @@ def _stream(inner: Handler | None, method: str) -> Handler:
         try:
             async for response in inner(request, context):
                 yield response
-        except BackbonedError as error:
-            await _abort(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, unexpected(error, method))
+            await _abort(context, expected(error) or unexpected(error, method))
 
     return call

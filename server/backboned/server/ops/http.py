@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -10,13 +11,17 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from backboned.server.listening import listen
+from backboned.server.troubles import Troubles
 
 NotReadyReason = Callable[[], str | None]
 """Why the daemon isn't ready to serve, in a line, or None when it is. Called in the event loop: it must not block."""
+
+MOST_MESSAGES = 20
+"""Of a kind of trouble, that `/health` shows."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -30,13 +35,14 @@ goes.</p>
 <ul>
 <li><a href="/metrics">/metrics</a> what Prometheus scrapes</li>
 <li><a href="/healthz">/healthz</a> 200 while the process is alive</li>
-<li><a href="/readyz">/readyz</a> 200 when it can serve, 503 with the reason when it can't</li>
+<li><a href="/readyz">/readyz</a> 200 when it can answer calls, 503 with the reason when it can't</li>
+<li><a href="/health">/health</a> what is wrong now, and mends by itself, as JSON</li>
 </ul>
 """
 
 
-def application(registry: CollectorRegistry, not_ready_reason: NotReadyReason) -> Starlette:
-    """The pages of the HTTP port: `/`, `/metrics`, `/healthz` and `/readyz`."""
+def application(registry: CollectorRegistry, not_ready_reason: NotReadyReason, troubles: Troubles) -> Starlette:
+    """The pages of the HTTP port: `/`, `/metrics`, `/healthz`, `/readyz` and `/health`."""
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -47,12 +53,27 @@ def application(registry: CollectorRegistry, not_ready_reason: NotReadyReason) -
 
     async def readyz(_: Request) -> Response:
         reason = not_ready_reason()
-        return PlainTextResponse("ready\n") if reason is None else PlainTextResponse(f"{reason}\n", status_code=503)
+        lines = [reason or "ready", *(f"trouble with {trouble.text}" for trouble in troubles.now())]
+        text = "".join(f"{' '.join(line.split())}\n" for line in lines)
+        return PlainTextResponse(text, status_code=200 if reason is None else 503)
+
+    async def health(_: Request) -> Response:
+        reason, now = not_ready_reason(), troubles.now()
+        found = [
+            {
+                "kind": trouble.kind.value,
+                "messages": list(trouble.messages[:MOST_MESSAGES]),
+                "count": len(trouble.messages),
+                "since": datetime.fromtimestamp(trouble.since, UTC).isoformat(timespec="seconds"),
+            }
+            for trouble in now
+        ]
+        return JSONResponse({"ready": reason is None, "reason": reason or "", "troubles": found})
 
     async def index(_: Request) -> Response:
         return HTMLResponse(_PAGE)
 
-    pages = {"/": index, "/metrics": metrics, "/healthz": healthz, "/readyz": readyz}
+    pages = {"/": index, "/metrics": metrics, "/healthz": healthz, "/readyz": readyz, "/health": health}
     return Starlette(routes=[Route(path, page) for path, page in pages.items()])
 
 

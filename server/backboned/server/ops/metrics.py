@@ -5,6 +5,7 @@ never a label; a model that isn't known is counted under the empty label; a mode
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
@@ -15,6 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from backboned.server.training.events import JobState
+from backboned.server.troubles import TroubleKind
 
 PREFIX = "backboned"
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
@@ -160,6 +162,11 @@ class Metrics:
         """The checkpoint folder was scanned at this time."""
         self._checkpoint_last_scan.set(unix_seconds)
 
+    def watch_troubles(self, now: Callable[[TroubleKind], bool]) -> None:
+        """Ask `now`, for each kind of trouble, whether there is any, whenever metrics are scraped."""
+        for kind in TroubleKind:
+            self._trouble.labels(kind.value).set_function(partial(now, kind))
+
     def forget_model(self, model: str) -> None:
         """Remove every series of a model that is gone."""
         for metric in self._of_models:
@@ -243,6 +250,8 @@ class Metrics:
         )
         for result in ("loaded", "adopted", "quarantined"):
             self._checkpoint_loads.labels(result)
+        self._trouble = self._gauge("trouble", "Whether something is wrong now (0 or 1).", ("kind",))
+        self.watch_troubles(lambda _: False)
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return self._kept(Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry), labels)

@@ -9,6 +9,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_found
 from backboned.registry.manifest import check_name
+from backboned.server.serving.history import Journal, note
 
 LATEST = "latest"
 """Always the newest version that is complete; can't be set."""
@@ -32,7 +33,8 @@ class Aliases:
         self._database = database
         self._lock = threading.Lock()
         _Base.metadata.create_all(database)
-        self._all: Mapping[str, Mapping[str, int]] = self._read()
+        with Session(database) as session:
+            self._all: Mapping[str, Mapping[str, int]] = _read(session)
 
     def all(self) -> Mapping[str, Mapping[str, int]]:
         """Versions by alias, by model."""
@@ -42,10 +44,11 @@ class Aliases:
         """Versions by alias."""
         return self._all.get(model, {})
 
-    def set(self, model: str, alias: str, version: int, expected: int | None = None) -> None:
+    def set(self, model: str, alias: str, version: int, expected: int | None = None, *, journal: Journal = ()) -> None:
         """Point an alias to a version; `expected` is where it must point now (0: nowhere, None: anywhere).
 
-        Raises `BackbonedError`: `INVALID_ARGUMENT` for a bad name, `ABORTED` if it points elsewhere.
+        The `journal` is noted with it, or neither is. Raises `BackbonedError`: `INVALID_ARGUMENT` for a bad name,
+        `ABORTED` if it points elsewhere.
         """
         check_name(alias, "alias", "alias")
         if alias == LATEST or alias.isdigit():
@@ -54,9 +57,11 @@ class Aliases:
             self._expect(model, alias, expected)
             with Session(self._database) as session, session.begin():
                 session.merge(_Alias(model=model, alias=alias, version=version))
-            self._all = self._read()
+                note(session, *journal)
+                changed = _read(session)
+            self._all = changed
 
-    def delete(self, model: str, alias: str, expected: int | None = None) -> None:
+    def delete(self, model: str, alias: str, expected: int | None = None, *, journal: Journal = ()) -> None:
         """Remove an alias. Raises `BackbonedError`: `NOT_FOUND`, or `ABORTED` if it doesn't point to `expected`."""
         with self._lock:
             if alias not in self.of(model):
@@ -64,7 +69,9 @@ class Aliases:
             self._expect(model, alias, expected)
             with Session(self._database) as session, session.begin():
                 session.execute(delete(_Alias).where(_Alias.model == model, _Alias.alias == alias))
-            self._all = self._read()
+                note(session, *journal)
+                changed = _read(session)
+            self._all = changed
 
     def _expect(self, model: str, alias: str, expected: int | None) -> None:
         current = self.of(model).get(alias, 0)
@@ -76,12 +83,13 @@ class Aliases:
                 field="expected_version",
             )
 
-    def _read(self) -> Mapping[str, Mapping[str, int]]:
-        aliases: dict[str, dict[str, int]] = {}
-        with Session(self._database) as session:
-            for row in session.scalars(select(_Alias)):
-                aliases.setdefault(row.model, {})[row.alias] = row.version
-        return MappingProxyType({m: MappingProxyType(a) for m, a in aliases.items()})
+
+def _read(session: Session) -> Mapping[str, Mapping[str, int]]:
+    session.flush()
+    aliases: dict[str, dict[str, int]] = {}
+    for row in session.scalars(select(_Alias)):
+        aliases.setdefault(row.model, {})[row.alias] = row.version
+    return MappingProxyType({m: MappingProxyType(a) for m, a in aliases.items()})
 
 
 def _reserved(alias: str) -> str:

@@ -1,6 +1,6 @@
 """Telling metrics and the journal which version of each model serves."""
 
-import logging
+import time
 from collections.abc import Mapping
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -10,11 +10,12 @@ from backboned.server.serving.policy import why
 from backboned.server.serving.snapshot import KnownModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 
-log = logging.getLogger(__name__)
+_WAIT_SECONDS = 0.5
+_RETRY_SECONDS = 2.0
 
 
 class Announcer:
-    """Tells what is new in a snapshot. For the loader's thread.
+    """Tells what is new in a snapshot. For the loader's thread, which it never keeps for long.
 
     What can't be noted in the journal now, because its disk is full, say, is noted once that is possible. A daemon
     that is killed before it could note a change does so after the next start.
@@ -25,7 +26,7 @@ class Announcer:
         self._history = history
         self._noted = dict(history.serving())
         self._told: dict[str, int] = {}
-        self._trouble = ""
+        self._try_again_at = 0.0
 
     def publish(self, before: Snapshot, now: Snapshot) -> None:
         """`now` has taken the place of `before`. A model that is the same object in both has not changed."""
@@ -37,29 +38,19 @@ class Announcer:
         for name in before.models.keys() - now.models.keys():
             self._telemetry.forget_model(name)
             self._told.pop(name, None)
-        self._note(now, now.models if self._trouble else changed)
+        self._note(now, changed)
+        if time.monotonic() >= self._try_again_at:
+            try:
+                self._history.catch_up(_WAIT_SECONDS)
+            except SQLAlchemyError:  # whoever watches the database tells of it
+                self._try_again_at = time.monotonic() + _RETRY_SECONDS
 
     def _note(self, now: Snapshot, changed: Mapping[str, KnownModel]) -> None:
-        entries = []
         for name, model in changed.items():
             previous = self._noted.get(name, 0)
             if model.serving not in (0, previous):  # none of a model that is there: it is being loaded
                 reason = why(model.policy, previous, model.serving)
-                entries.append(Entry(name, Change.SERVING, model.serving, previous, reason=reason))
-        gone = self._noted.keys() - now.models.keys()
-        entries += [Entry(name, Change.SERVING, 0, self._noted[name], reason="the model is gone") for name in gone]
-        if not entries:
-            return
-        try:
-            self._history.add(*entries)
-        except SQLAlchemyError as error:
-            trouble = f"the journal can't be written: {error.orig if hasattr(error, 'orig') else error}"
-            if trouble != self._trouble:
-                log.error("%s", trouble)
-            self._trouble = trouble
-            return
-        self._trouble = ""
-        for entry in entries:
-            self._noted[entry.model] = entry.version
-            if not entry.version:
-                del self._noted[entry.model]
+                self._history.add(Entry(name, Change.SERVING, model.serving, previous, reason=reason))
+                self._noted[name] = model.serving
+        for name in self._noted.keys() - now.models.keys():
+            self._history.add(Entry(name, Change.SERVING, 0, self._noted.pop(name), reason="the model is gone"))

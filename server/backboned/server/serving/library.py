@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from backboned.registry.directory import CheckpointDirectory, Seen, Signature
+from backboned.registry.adoption import Before
+from backboned.registry.directory import CheckpointDirectory, Drop, Seen, Signature, Tombstone, look_alike
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
 from backboned.server.serving.budget import Arrival, Footprint
@@ -45,17 +46,20 @@ class Library:
     loading: set[VersionKey] = field(default_factory=set)
     out: Mapping[VersionKey, OutOfMemory] = field(default_factory=dict)
     policies: Mapping[str, Policy] = field(default_factory=dict)
-    deleted: dict[VersionKey, tuple[str, str]] = field(default_factory=dict)
+    deleted: dict[VersionKey, Tombstone] = field(default_factory=dict)
     _footprints: dict[VersionKey, tuple[Manifest, Footprint]] = field(default_factory=dict)
     _models: dict[str, tuple[object, KnownModel]] = field(default_factory=dict)
 
     def update(self, seen: Seen, now: float, closed: Iterable[Path] = ()) -> None:
         """Take in what one look found: read new manifests, note changed files, forget what is gone.
 
-        `closed` are files that whoever wrote them has closed since the last look.
+        `closed` are files that whoever wrote them has closed since the last look. Of a model that can't be looked at,
+        nothing is forgotten.
         """
         self.refused = dict(seen.refused)
         for key in self.signatures.keys() - seen.versions.keys():
+            if key[0] in seen.unreadable:
+                continue
             del self.signatures[key]
             for known in (self.manifests, self.quarantine, self._footprints):
                 known.pop(key, None)
@@ -65,9 +69,11 @@ class Library:
         for key in seen.deleted - self.deleted.keys():
             self.deleted[key] = self.directory.tombstone(*key)
         for key, entry in list(self.quarantine.items()):
-            if entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key):
+            changed = entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key)
+            if changed and key[0] not in seen.unreadable:
                 del self.quarantine[key]
-        self.drops = {path: self._drop(path, seen, now) for path in seen.drops}
+        unseen = {path: known for path, known in self.drops.items() if known.drop.model in seen.unreadable}
+        self.drops = unseen | {path: self._drop(path, seen, now) for path in seen.drops}
         for path in self.drops.keys() & set(closed):
             self.drops[path] = replace(self.drops[path], closed=True)
 
@@ -113,6 +119,15 @@ class Library:
         found = [m for k, m in self.manifests.items() if k[0] == model and m.adopted_from == name]
         return max(found, key=lambda m: m.version, default=None)
 
+    def before(self, drop: Drop) -> Before:
+        """What was adopted before from the file of this name."""
+        gone = (told for told in self._deleted_from(drop) if look_alike(told.adopted_key, drop.key))
+        return Before(
+            self.adopted(drop.model, drop.path.name),
+            {told.sha256 for told in gone},
+            {version for model, version in (*self.manifests, *self.deleted) if model == drop.model},
+        )
+
     def snapshot(self) -> Snapshot:
         """An immutable copy for everyone else."""
         told: dict[str, list[_Told]] = {}
@@ -146,7 +161,15 @@ class Library:
     def _file_signature(self, key: VersionKey) -> Signature | None:
         manifest = self.manifests.get(key)
         folder = self.directory.version(*key)
-        return Signature.of(folder / (manifest.best.file if manifest else MANIFEST_NAME))
+        try:
+            return Signature.of(folder / (manifest.best.file if manifest else MANIFEST_NAME))
+        except OSError:
+            return None
+
+    def _deleted_from(self, drop: Drop) -> list[Tombstone]:
+        return [
+            told for key, told in self.deleted.items() if key[0] == drop.model and told.adopted_from == drop.path.name
+        ]
 
     def _drop(self, path: Path, seen: Seen, now: float) -> KnownDrop:
         drop = seen.drops[path]
@@ -155,8 +178,8 @@ class Library:
             return known
         if known is None:  # seen for the first time since the start: what was adopted before isn't read again
             adopted = self.adopted(drop.model, path.name)
-            known_as = {told for key, told in self.deleted.items() if key[0] == drop.model}
-            if (path.name, drop.key) in known_as or (adopted is not None and adopted.adopted_key == drop.key):
+            gone = any(told.adopted_key == drop.key for told in self._deleted_from(drop))
+            if gone or (adopted is not None and adopted.adopted_key == drop.key):
                 return KnownDrop(drop, now, DropState.ADOPTED)
         return KnownDrop(drop, now)
 

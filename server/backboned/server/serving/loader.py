@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
 
 import torch
 
+from backboned.registry.adoption import remove_abandoned
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
@@ -25,6 +28,7 @@ from backboned.server.compute.stages import LoadedStage, StageStore
 from backboned.server.serving.announce import Announcer
 from backboned.server.serving.fetching import Fetches
 from backboned.server.serving.library import Library
+from backboned.server.serving.looking import Looks
 from backboned.server.serving.placing import Placer
 from backboned.server.serving.plan import Action, Adopt, DropState, Limits, Load, Retire, VersionKey, plan
 from backboned.server.serving.records import Records
@@ -32,6 +36,7 @@ from backboned.server.serving.room import MEMORY_ERRORS, Room
 from backboned.server.serving.snapshot import Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.watch import Watcher, WatchMode
+from backboned.server.troubles import TroubleKind, Troubles
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,7 @@ class Loader:
         *,
         telemetry: ServingTelemetry,
         records: Records,
+        troubles: Troubles,
         settings: LoaderSettings,
         on_loaded: Callable[[Sequence[Path]], None] = lambda _: None,
     ) -> None:
@@ -80,6 +86,9 @@ class Loader:
         self._telemetry = telemetry
         self._settings = settings
         self._records = records
+        self._troubles = troubles
+        self._looks = Looks(directory, telemetry, troubles)
+        self._held_up: dict[FilePath, str] = {}
         self._announcer = Announcer(telemetry, records.history)
         self._on_loaded = on_loaded
         self._told: Sequence[Path] = ()
@@ -97,7 +106,6 @@ class Loader:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
-        self._scan_error = ""
         self._publish_at = 0.0
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
@@ -107,9 +115,9 @@ class Loader:
         return self._snapshot
 
     @property
-    def scan_error(self) -> str:
-        """Why the directory can't be looked at; empty while it can."""
-        return self._scan_error
+    def has_looked(self) -> bool:
+        """Whether the directory could be looked at since the start."""
+        return self._looks.succeeded
 
     def start(self) -> None:
         """Start the thread."""
@@ -151,9 +159,9 @@ class Loader:
 
     def _run(self) -> None:
         if self._on_cpu:
-            torch.set_num_threads(
-                1
-            )  # of this thread: small layers gain nothing from more, and the lanes want the cores
+            torch.set_num_threads(1)  # of this thread: the lanes want the cores
+        with suppress(OSError):
+            remove_abandoned(self._directory)
         while not self._stopping:
             self._wake.clear()
             self._watcher.ensure()
@@ -163,7 +171,7 @@ class Loader:
                 pause = self._round()
             except Exception as error:  # a defect of ours must not end the loader: what is loaded serves on
                 log.exception("the loader failed")
-                self._note_scan_error(f"the loader failed: {error!r}")
+                self._looks.failed(f"the loader failed: {error!r}")
                 pause = self._settings.scan_interval_seconds
             for waiter in waiters:
                 if waiter.set_running_or_notify_cancel():
@@ -178,13 +186,9 @@ class Loader:
         interval = self._settings.scan_interval_seconds
         if self._watcher.polling:
             interval = min(interval, _POLL_SECONDS)
-        try:
-            seen = self._directory.scan()
-        except OSError as error:
-            self._note_scan_error(f"can't look at the checkpoint directory: {error}")
+        seen = self._looks.look()
+        if seen is None:
             return interval
-        self._note_scan_error("")
-        self._telemetry.scanned(time.time())
         self._library.update(seen, time.monotonic(), self._watcher.closed())
         self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
@@ -205,6 +209,9 @@ class Loader:
             if time.monotonic() > self._publish_at:
                 self._publish(whole=False)
         self._publish()
+        there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
+        self._held_up = {path: why for path, why in self._held_up.items() if path in there}
+        self._troubles.tell(TroubleKind.LOADING, *self._held_up.values())
         due = now + (_ROOM_SECONDS if self._room.waits else interval)
         return max(0.0, min(due, due if todo.look_again_at is None else todo.look_again_at) - now)
 
@@ -231,12 +238,17 @@ class Loader:
 
     def _load(self, manifest: Manifest) -> str:
         key = (manifest.model, manifest.version)
+        folder = self._directory.version(*key)
+        self._held_up.pop(folder, None)
         try:
             if not self._fetches.at_hand(manifest) or not self._room.has_room(manifest):
                 return ""
             self._library.loaded[key] = self._placer.place(self._reader.read(manifest))
         except MEMORY_ERRORS:
             self._room.run_short(manifest)
+            return ""
+        except OSError as error:  # the disk fails, say, which is no fault of the file's: it is tried again
+            self._held_up[folder] = f"{manifest.model} version {manifest.version} can't be read: {error}"
             return ""
         except BackbonedError as error:
             log.warning("%s version %d is not served: %s", *key, error.message)
@@ -248,12 +260,12 @@ class Loader:
 
     def _adopt(self, action: Adopt) -> str:
         drop = action.drop
+        self._held_up.pop(drop.path, None)
         try:
-            version = self._reader.adopt(drop, self._library.adopted(drop.model, drop.path.name))
+            version = self._reader.adopt(drop, self._library.before(drop))
         except OSError as error:  # such as a full disk, which is no fault of the file's: it is tried again and again
             reason = f"it can't be adopted yet: {error.strerror or error}"
-            if self._library.drops[drop.path].reason != reason:
-                log.warning("%s: %s", drop.path, reason)
+            self._held_up[drop.path] = f"{drop.path}: {reason}"
             self._library.settle(drop.path, DropState.WAITING, reason)
             return ""
         except BackbonedError as error:
@@ -298,13 +310,6 @@ class Loader:
         self._announcer.publish(before, self._snapshot)
         ended = time.monotonic()
         self._publish_at = ended + max(_PUBLISH_SECONDS, _PUBLISH_PAUSE * (ended - started))
-
-    def _note_scan_error(self, message: str) -> None:
-        if message and message != self._scan_error:
-            log.error("%s; what is loaded serves on", message)
-        elif self._scan_error and not message:
-            log.info("the checkpoint directory can be looked at again")
-        self._scan_error = message
 
 
 def _foundations(paths: Sequence[Path]) -> set[LoadedStage]:

@@ -22,6 +22,7 @@ from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.tree import Answer
 
 MAX_OUTCOMES = 10_000
+_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Outcomes:
                 await asyncio.to_thread(self._memory.count, [(found[each], scores) for each, scores in scored.items()])
         except SQLAlchemyError as error:
             why = getattr(error, "orig", None) or error
-            raise BackbonedError(ErrorKind.UNAVAILABLE, f"outcomes can't be counted now: {why}") from error
+            message = f"outcomes can't be counted now: {why}"
+            raise BackbonedError(ErrorKind.UNAVAILABLE, message, retry_delay_seconds=_RETRY_SECONDS) from error
         for each, scores in scored.items():
             self._tell(found[each].pair.model, scores)
         known = {each for each in found if found[each].known or each in scored}

@@ -30,6 +30,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from backboned.server.database import open_database
 from backboned.server.serving.comparison import Score, Sums, Tally
+from backboned.server.troubles import TroubleKind, Troubles
 
 log = logging.getLogger(__name__)
 
@@ -122,10 +123,11 @@ class Pair:
 class Memory:
     """The newest answers that take `limit_bytes`, and the tally of each pair of versions. Thread-safe.
 
-    `remember` never waits: a thread writes, twice a second. What can't be written is forgotten, and said once.
+    `remember` never waits: a thread writes, twice a second. What can't be written now waits, as far as there is room in
+    memory, and `troubles` are told.
     """
 
-    def __init__(self, database: Engine, limit_bytes: int) -> None:
+    def __init__(self, database: Engine, limit_bytes: int, troubles: Troubles) -> None:
         """A limit of 0 keeps no answers: then only what comes with its truth is counted."""
         _Base.metadata.create_all(database)
         self._database = database
@@ -135,15 +137,15 @@ class Memory:
         self._bytes = self._measure()
         self._lock = threading.Lock()  # of the list
         self._writing = threading.Lock()
-        self._trouble = ""
+        self._troubles = troubles
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     @classmethod
-    def open(cls, file: Path, limit_bytes: int) -> "Memory":
+    def open(cls, file: Path, limit_bytes: int, troubles: Troubles) -> "Memory":
         """That in a database file. One that is damaged is put aside: answers are worth no daemon that doesn't start."""
         try:
-            return cls(open_database(file), limit_bytes)
+            return cls(open_database(file), limit_bytes, troubles)
         except DatabaseError as error:
             if isinstance(error, OperationalError):  # locked, or the disk is full: then it isn't damaged
                 raise
@@ -152,7 +154,7 @@ class Memory:
             for suffix in ("-wal", "-shm"):
                 file.with_name(file.name + suffix).unlink(missing_ok=True)
             file.replace(aside)
-            return cls(open_database(file), limit_bytes)
+            return cls(open_database(file), limit_bytes, troubles)
 
     def start(self) -> None:
         """Start the thread."""
@@ -208,12 +210,10 @@ class Memory:
         try:
             self._flush()
         except SQLAlchemyError as error:
-            trouble = f"answers can't be remembered: {getattr(error, 'orig', None) or error}"
-            if trouble != self._trouble:
-                log.error("%s; outcomes that are reported for them will be unknown", trouble)
-            self._trouble = trouble
+            why = getattr(error, "orig", None) or error
+            self._troubles.tell(TroubleKind.ANSWERS, f"answers can't be remembered: {why}")
         else:
-            self._trouble = ""
+            self._troubles.tell(TroubleKind.ANSWERS)
 
     def _flush(self) -> None:
         with self._writing:
@@ -221,17 +221,25 @@ class Memory:
                 answers, self._waiting = self._waiting, []
             if not answers:
                 return
-            now = time.time()
-            with Session(self._database) as session, session.begin():
-                if self._limit_bytes:
-                    session.execute(insert(_Answer), [_row(answer, now) for answer in answers])
-                changed = _with_answers(self._tallies, answers)
-                _write_tallies(session, changed)
-                size = self._bytes + (sum(map(_size, answers)) if self._limit_bytes else 0)
-                if size > self._limit_bytes:
-                    size = self._drop_oldest(session, size)
-            self._bytes = size
-            self._tallies = {**self._tallies, **changed}
+            try:
+                self._write(answers)
+            except OperationalError:  # a lock, or a full disk, which may be over soon
+                with self._lock:
+                    self._waiting = (answers + self._waiting)[:_MOST_WAITING]
+                raise
+
+    def _write(self, answers: Sequence[Remembered]) -> None:
+        now = time.time()
+        with Session(self._database) as session, session.begin():
+            if self._limit_bytes:
+                session.execute(insert(_Answer), [_row(answer, now) for answer in answers])
+            changed = _with_answers(self._tallies, answers)
+            _write_tallies(session, changed)
+            size = self._bytes + (sum(map(_size, answers)) if self._limit_bytes else 0)
+            if size > self._limit_bytes:
+                size = self._drop_oldest(session, size)
+        self._bytes = size
+        self._tallies = {**self._tallies, **changed}
 
     def _drop_oldest(self, session: Session, size: int) -> int:
         """Delete the oldest answers until a tenth of the room is free."""

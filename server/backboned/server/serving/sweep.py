@@ -1,4 +1,4 @@
-"""Deleting old versions, every minute."""
+"""Deleting old versions, every minute, and finishing what couldn't be deleted wholly."""
 
 import asyncio
 import logging
@@ -9,10 +9,11 @@ from backboned.server.serving.versions import Versions
 log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS = 60.0
+_RETRY_SECONDS = 5.0
 
 
 class Sweeper:
-    """Deletes what is not to be kept any longer. For one event loop."""
+    """Deletes what is not to be kept any longer, and finishes deletions. For one event loop."""
 
     def __init__(self, versions: Versions, keep_versions: int, keep_days: float) -> None:
         """See `Versions.sweep`: with 0 for both nothing is deleted."""
@@ -22,9 +23,8 @@ class Sweeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, if there is anything to do."""
-        if self._keep or self._max_age_seconds:
-            self._task = asyncio.create_task(self._run())
+        """Begin."""
+        self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
         """End after the deletion in progress."""
@@ -35,8 +35,10 @@ class Sweeper:
 
     async def _run(self) -> None:
         while True:
+            finished = False
             try:
+                finished = await self._versions.finish_deletions()
                 await self._versions.sweep(self._keep, self._max_age_seconds)
             except Exception as error:  # a read-only folder, say: it may be mended
                 log.warning("old versions can't be deleted: %s", error)
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS if finished else _RETRY_SECONDS)

@@ -5,10 +5,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid, not_found
 from backboned.server.serving.aliases import LATEST
 from backboned.server.serving.budget import Arrival
+from backboned.server.serving.deletions import Deletions
 from backboned.server.serving.history import Change, Entry
 from backboned.server.serving.loader import Loader, not_loaded
 from backboned.server.serving.policy import NAMING, VersionPolicy, candidates
@@ -33,13 +33,13 @@ class Versions:
     def __init__(
         self,
         loader: Loader,
-        directory: CheckpointDirectory,
         records: Records,
+        deletions: Deletions,
         in_training: Callable[[str, int], Awaitable[bool]],
     ) -> None:
         """`in_training` tells whether a job that hasn't ended writes a version."""
         self._loader = loader
-        self._directory = directory
+        self._deletions = deletions
         self._aliases = records.aliases
         self._decisions = records.decisions
         self._history = records.history
@@ -76,8 +76,8 @@ class Versions:
                 if version is None:
                     raise invalid(f"{name} serves no version yet: name one", field="version")
                 await self._load(name, version)
-            await asyncio.to_thread(self._decisions.choose, name, kind, version)
-            await self._note(Entry(name, Change.POLICY, version or 0, subject=kind.value, actor=actor))
+            entry = Entry(name, Change.POLICY, version or 0, subject=kind.value, actor=actor)
+            await asyncio.to_thread(self._decisions.choose, name, kind, version, journal=[entry])
             return await self._changed(name)
 
     async def roll_back(self, name: str, expected: int | None, reason: str, actor: str) -> KnownModel:
@@ -99,8 +99,8 @@ class Versions:
                 )
             await self._load(name, previous)
             reason = reason or "it was rolled back"
-            await asyncio.to_thread(self._decisions.reject, name, serving, reason, instead=previous)
-            await self._note(Entry(name, Change.REJECTED, previous, serving, actor=actor, reason=reason))
+            entry = Entry(name, Change.REJECTED, previous, serving, actor=actor, reason=reason)
+            await asyncio.to_thread(self._decisions.reject, name, serving, reason, instead=previous, journal=[entry])
             return await self._changed(name)
 
     async def promote(self, name: str, version: int, instead_of: int, reason: str, actor: str) -> bool:
@@ -110,8 +110,8 @@ class Versions:
             if model.serving != instead_of or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
                 return False
             await self._load(name, version)
-            await asyncio.to_thread(self._decisions.choose, name, model.policy.kind, version)
-            await self._note(Entry(name, Change.PROMOTED, version, instead_of, actor=actor, reason=reason))
+            entry = Entry(name, Change.PROMOTED, version, instead_of, actor=actor, reason=reason)
+            await asyncio.to_thread(self._decisions.choose, name, model.policy.kind, version, journal=[entry])
             await self._changed(name)
             return True
 
@@ -121,8 +121,8 @@ class Versions:
             model = await self.model(name)
             if model.serving != serving or model.policy.kind is not VersionPolicy.PROMOTE_WHEN_BETTER:
                 return False
-            await asyncio.to_thread(self._decisions.reject, name, version, reason, instead=serving)
-            await self._note(Entry(name, Change.REJECTED, serving, version, actor=actor, reason=reason))
+            entry = Entry(name, Change.REJECTED, serving, version, actor=actor, reason=reason)
+            await asyncio.to_thread(self._decisions.reject, name, version, reason, instead=serving, journal=[entry])
             await self._changed(name)
             return True
 
@@ -131,8 +131,8 @@ class Versions:
         async with self._turn:
             _known(await self.model(name), version)
             previous = self._aliases.of(name).get(alias, 0)
-            await asyncio.to_thread(self._aliases.set, name, alias, version, expected)
-            await self._note(Entry(name, Change.ALIAS, version, previous, subject=alias, actor=actor))
+            entry = Entry(name, Change.ALIAS, version, previous, subject=alias, actor=actor)
+            await asyncio.to_thread(self._aliases.set, name, alias, version, expected, journal=[entry])
             return await self._changed(name)
 
     async def delete_alias(self, name: str, alias: str, expected: int | None, actor: str) -> KnownModel:
@@ -144,8 +144,8 @@ class Versions:
                     ErrorKind.FAILED_PRECONDITION, f"traffic of {name} goes to {alias!r}: divide it otherwise first"
                 )
             previous = self._aliases.of(name).get(alias, 0)
-            await asyncio.to_thread(self._aliases.delete, name, alias, expected)
-            await self._note(Entry(name, Change.ALIAS, 0, previous, subject=alias, actor=actor))
+            entry = Entry(name, Change.ALIAS, 0, previous, subject=alias, actor=actor)
+            await asyncio.to_thread(self._aliases.delete, name, alias, expected, journal=[entry])
             return await self._changed(name)
 
     async def divide(self, name: str, split: Mapping[str, int], actor: str) -> KnownModel:
@@ -159,9 +159,9 @@ class Versions:
                 if not 1 <= weight <= MAX_WEIGHT:
                     raise invalid(f"the weight of {alias!r} is {weight}; give 1…{MAX_WEIGHT}", field="weights")
                 await self._load(name, aliases[alias])
-            await asyncio.to_thread(self._decisions.divide, name, split)
             text = ", ".join(f"{alias} {weight}" for alias, weight in sorted(split.items()))
-            await self._note(Entry(name, Change.TRAFFIC, subject=text, actor=actor))
+            entry = Entry(name, Change.TRAFFIC, subject=text, actor=actor)
+            await asyncio.to_thread(self._decisions.divide, name, split, journal=[entry])
             return await self._changed(name)
 
     async def delete(self, name: str, version: int, actor: str, reason: str = "") -> None:
@@ -177,15 +177,19 @@ class Versions:
                     field="version",
                 )
             try:
-                await asyncio.to_thread(self._directory.remove, name, version)
+                await asyncio.to_thread(self._deletions.delete, name, version, actor=actor, reason=reason)
             except OSError as error:
                 raise BackbonedError(
                     ErrorKind.FAILED_PRECONDITION,
                     f"version {version} of {name} can't be deleted: {error.strerror or error}",
                     field="version",
                 ) from error
-            await self._note(Entry(name, Change.DELETED, 0, version, actor=actor, reason=reason))
             await self._look()
+
+    async def finish_deletions(self) -> bool:
+        """Finish what was being deleted when the daemon was killed, or couldn't be; tells whether nothing is left."""
+        async with self._turn:
+            return await asyncio.to_thread(self._deletions.finish)
 
     async def sweep(self, keep: int, max_age_seconds: float) -> None:
         """Delete what is neither among the newest `keep` versions of its model nor younger than the age given.
@@ -248,9 +252,6 @@ class Versions:
         """The model once the loader has taken the change in."""
         await self._look()
         return await self.model(name)
-
-    async def _note(self, entry: Entry) -> None:
-        await asyncio.to_thread(self._history.add, entry)
 
 
 def before(model: KnownModel, served: Sequence[int]) -> int | None:

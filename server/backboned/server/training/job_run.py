@@ -75,8 +75,10 @@ class JobRun:
         folder = work_folder(self._settings, self.job.id)
         try:
             self._told = {_identity(event.payload) for event in await self._journal.so_far(self.job.id)}
-            for needed in (folder, self._directory.version(self.job.model, self.job.version)):
-                await asyncio.to_thread(needed.mkdir, parents=True, exist_ok=True)
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+            version = self._directory.version(self.job.model, self.job.version)
+            for needed in (version.parent, version):  # nothing above: a directory that is gone isn't made anew
+                await asyncio.to_thread(needed.mkdir, exist_ok=True)
             return await self._train_to_the_end(folder)
         except Exception as error:  # a full disk, no process to be had: the job fails, the daemon goes on
             _logger.exception("job %s could not be run", self.job.id)
@@ -93,7 +95,7 @@ class JobRun:
             if final is not None or self._asked is not None:
                 return final
             _logger.warning("job %s: %s; another trainer goes on", self.job.id, ended.how)
-            await self._journal.publish(self.job.id, LogLine(f"{ended.how}; another one goes on from where it was"))
+            await self._journal.keep(self.job.id, LogLine(f"{ended.how}; another one goes on from where it was"))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), _PAUSE_SECONDS * (fruitless - 1))
         return StateChanged(JobState.CANCELLED) if self._asked is Ask.CANCEL else None
@@ -125,7 +127,7 @@ class JobRun:
         identity = _identity(payload)
         if identity in self._told:
             return False
-        await self._journal.publish(self.job.id, payload)
+        await self._journal.keep(self.job.id, payload)
         self._told.add(identity)
         return True
 

@@ -1,12 +1,21 @@
 """Events of jobs as they come: kept in the store, and told to whoever watches."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError
 
 from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.server.database import meaning
 from backboned.server.training.events import JobEventPayload, StateChanged
 from backboned.server.training.jobs import JobEvent, JobStore
 from backboned.server.training.settings import TrainingTelemetry
+
+Result = TypeVar("Result")
+
+_RETRY_SECONDS = 1.0
 
 
 class JobJournal:
@@ -22,14 +31,17 @@ class JobJournal:
     async def publish(self, job_id: str, payload: JobEventPayload) -> None:
         """Keep an event, then tell watchers. A state changes the job, unless it has ended."""
         await asyncio.to_thread(self._store.append, job_id, payload)
-        if isinstance(payload, StateChanged):
-            await self.count_states()
-        await self._notify()
+        await self._tell(payload)
+
+    async def keep(self, job_id: str, payload: JobEventPayload) -> None:
+        """Publish an event of a job that runs, as often as it takes: a locked database or a full disk fails no job."""
+        await _patiently(self._store.append, job_id, payload)
+        await self._tell(payload)
 
     async def so_far(self, job_id: str) -> list[JobEvent]:
-        """All events of a job until now."""
+        """All events of a job until now, as soon as they can be read."""
         events: list[JobEvent] = []
-        while page := await asyncio.to_thread(self._store.events, job_id, events[-1].sequence if events else 0):
+        while page := await _patiently(self._store.events, job_id, events[-1].sequence if events else 0):
             events += page
         return events
 
@@ -69,7 +81,24 @@ class JobJournal:
                 ErrorKind.UNAVAILABLE, f"the daemon is stopping; watch again with after_sequence={after_sequence}"
             )
 
+    async def _tell(self, payload: JobEventPayload) -> None:
+        if isinstance(payload, StateChanged):
+            with suppress(DBAPIError):  # what was published is: it must not seem as if it weren't
+                await self.count_states()
+        await self._notify()
+
     async def _notify(self) -> None:
         async with self._changed:
             self._published += not self._closed
             self._changed.notify_all()
+
+
+async def _patiently(call: Callable[..., Result], *arguments: object) -> Result:
+    """Call in a thread; again and again while the database's file or disk is what fails."""
+    while True:
+        try:
+            return await asyncio.to_thread(call, *arguments)
+        except DBAPIError as error:
+            if meaning(error) is None:
+                raise
+        await asyncio.sleep(_RETRY_SECONDS)

@@ -15,7 +15,8 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.weights import WeightStore
-from backboned.server.training.events import JobState, StateChanged
+from backboned.server.database import meaning
+from backboned.server.training.events import JobEventPayload, JobState, StateChanged
 from backboned.server.training.job_run import WORK_PREFIX, JobRun, work_folder
 from backboned.server.training.jobs import Job, JobEvent, JobRequest, JobStore
 from backboned.server.training.journal import JobJournal
@@ -28,12 +29,15 @@ from backboned.server.training.uploads import is_upload_id
 
 Removed = TypeVar("Removed")
 
+Publish = Callable[[str, JobEventPayload], Awaitable[None]]
+
 BeforeSuccess = Callable[[str, int], Awaitable[None]]
 
 _logger = logging.getLogger(__name__)
 _CANCEL_SECONDS = 15.0
 _BEFORE_SUCCESS_SECONDS = 10.0
 _FULL_RETRY_SECONDS = 30.0
+_RETRY_SECONDS = 1.0
 
 
 class JobSupervisor:
@@ -155,7 +159,7 @@ class JobSupervisor:
             job = await self.get(job_id)
             run = self._run if self._run is not None and self._run.job.id == job_id else None
             if run is None and not job.state.final:
-                await self._end(job, StateChanged(JobState.CANCELLED))
+                await self._end(job, StateChanged(JobState.CANCELLED), self._journal.publish)
         if run is not None:
             run.ask(Ask.CANCEL)
             with suppress(TimeoutError):
@@ -180,10 +184,20 @@ class JobSupervisor:
     async def _work(self) -> None:
         while True:
             job_id = await self._waiting.get()
-            try:
-                await self._run_next(job_id)
-            except Exception:  # the database can't be written, say: other jobs may still do
-                _logger.exception("job %s was lost", job_id)
+            while True:
+                if await self._took_its_turn(job_id):
+                    break
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _took_its_turn(self, job_id: str) -> bool:
+        """Whether a job's turn is over; not while the database can't be written."""
+        try:
+            await self._run_next(job_id)
+        except Exception as error:
+            if meaning(error) is not None:
+                return False
+            _logger.exception("job %s was lost", job_id)  # other jobs may still do
+        return True
 
     async def _run_next(self, job_id: str) -> None:
         async with self._turn:
@@ -201,7 +215,7 @@ class JobSupervisor:
                 return
             if final.state is JobState.SUCCEEDED:
                 await self._await_before_success(job)
-            await self._end(job, final)
+            await self._end(job, final, self._journal.keep)
             self._telemetry.job_duration(time.monotonic() - start)
         finally:
             self._run = None
@@ -215,10 +229,10 @@ class JobSupervisor:
         except Exception:  # the job did succeed, whatever keeps its version from being served
             _logger.exception("%s version %d is trained, and could not be served at once", job.model, job.version)
 
-    async def _end(self, job: Job, final: StateChanged) -> None:
+    async def _end(self, job: Job, final: StateChanged, publish: Publish) -> None:
         if final.state is not JobState.SUCCEEDED:
             await asyncio.to_thread(_remove_if_unused, self._directory.version(job.model, job.version))
-        await self._journal.publish(job.id, final)
+        await publish(job.id, final)
         await asyncio.to_thread(shutil.rmtree, work_folder(self._settings, job.id), ignore_errors=True)
         _logger.info("job %s %s %s", job.id, final.state.value, final.error)
 

@@ -1,0 +1,53 @@
+"""Looking at the checkpoint directory: one that is empty is told from one that is gone."""
+
+import time
+
+from backboned.registry.directory import CheckpointDirectory, Seen
+from backboned.server.serving.telemetry import ServingTelemetry
+from backboned.server.troubles import TroubleKind, Troubles
+
+
+class Looks:
+    """Looks, one after another, and tells what keeps from looking. For the loader's thread; `succeeded` for any.
+
+    A disk that is unmounted leaves an empty folder behind, and that is no reason to stop serving what was on it.
+    """
+
+    def __init__(self, directory: CheckpointDirectory, telemetry: ServingTelemetry, troubles: Troubles) -> None:
+        self._directory = directory
+        self._telemetry = telemetry
+        self._troubles = troubles
+        self._seen_in: tuple[int, int] | None = None
+        self.succeeded = False
+        """Whether the directory could be looked at since the start."""
+
+    def look(self) -> Seen | None:
+        """What is there; None if that can't be told: then all is as it was."""
+        try:
+            identity = self._identity()
+            seen = self._directory.scan()
+            if identity != self._identity():
+                return None  # it was changed for another one meanwhile: the next look sees that one alone
+        except OSError as error:
+            self.failed(f"can't look at the checkpoint directory: {error}")
+            return None
+        if seen.nothing and self._seen_in not in (None, identity):
+            self.failed(f"{self._directory.root} is empty, and not the folder that it was: is its disk mounted?")
+            self._seen_in = (0, 0)  # whatever comes, an empty folder isn't it
+            return None
+        if not seen.nothing:
+            self._seen_in = identity
+        self._troubles.tell(
+            TroubleKind.CHECKPOINT_DIRECTORY, *(f"can't look at {m}: {why}" for m, why in seen.unreadable.items())
+        )
+        self.succeeded = True
+        self._telemetry.scanned(time.time())
+        return seen
+
+    def failed(self, message: str) -> None:
+        """Tell why a look, or what followed from it, failed."""
+        self._troubles.tell(TroubleKind.CHECKPOINT_DIRECTORY, message)
+
+    def _identity(self) -> tuple[int, int]:
+        stat = self._directory.root.stat()
+        return stat.st_dev, stat.st_ino

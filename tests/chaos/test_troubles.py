@@ -1,0 +1,399 @@
+"""Disks and files fail under one daemon, in turn: it serves on, tells what is wrong, and goes on by itself."""
+
+import ctypes
+import json
+import os
+import sqlite3
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from PIL import Image
+
+from backboned.client import Client
+from backboned.registry import Catalogue
+from backboned.registry.weights import seeded_state
+from backboned.server.commands.local_daemon import LocalDaemon
+from backboned.v1 import model_service_pb2 as pb
+from backboned.v1.model_service_pb2_grpc import ModelServiceStub
+
+PATIENCE_SECONDS = 60.0
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+
+
+class Served:
+    """A daemon whose versions each see a class of their own, whatever the picture; `steady` has three of them."""
+
+    def __init__(self, daemon: LocalDaemon, place: Path, picture: Path) -> None:
+        self.daemon = daemon
+        self.place = place
+        self.picture = picture
+        self.client = Client(daemon.grpc)
+        self.channel = grpc.insecure_channel(daemon.grpc)
+        self.stub = ModelServiceStub(self.channel)
+        self.fresh = 0
+        self.logged = 0
+
+    @property
+    def root(self) -> Path:
+        return self.place / "checkpoints"
+
+    def make_steady(self) -> None:
+        for version in (1, 2, 3):
+            drop(self.root / "steady", version)
+            wait_for(partial(self.has, "steady", version))
+        self.client.set_alias("steady", "stable", 1)
+        self.client.set_alias("steady", "canary", 2)
+        self.client.set_traffic("steady", {"stable": 1, "canary": 1})
+
+    def serves(self, model: str) -> int:
+        return next((m.serving_version for m in self.client.list_models() if m.name == model), 0)
+
+    def has(self, model: str, version: int) -> bool:
+        return self.serves(model) == version
+
+    def answers(self, model: str, **asked: object) -> int:
+        """The version that answers, which must be the one whose class is seen."""
+        reply = self.client.predict(model, self.picture, top_k=1, **asked)  # type: ignore[arg-type]
+        assert reply.predictions[0].classes[0].label == f"class_{reply.version}"
+        return reply.version
+
+    def takes_in_what_is_dropped(self, folder: Path | None = None) -> None:
+        """A version that is dropped now is served."""
+        self.fresh += 1
+        drop((folder or self.root) / "fresh", self.fresh)
+        wait_for(lambda: self.serves("fresh") == self.fresh)
+        assert self.answers("fresh") == self.fresh
+
+    def troubles(self) -> dict[str, str]:
+        """What `/health` tells, by kind; the other places must agree with it."""
+        told = json.loads(fetch(f"{self.daemon.http}/health"))
+        assert told["ready"] is True
+        return {trouble["kind"]: " | ".join(trouble["messages"]) for trouble in told["troubles"]}
+
+    def metric(self, kind: str) -> bool:
+        return f'backboned_trouble{{kind="{kind}"}} 1.0' in fetch(f"{self.daemon.http}/metrics").splitlines()
+
+    @contextmanager
+    def in_trouble(self, kind: str, what: str) -> Iterator[None]:
+        """Inside, calls go on being answered as before; what is wrong is told everywhere, until it is over."""
+        with self.traffic():
+            wait_for(lambda: what in self.troubles().get(kind, ""))
+            assert self.metric(kind)
+            lines = fetch(f"{self.daemon.http}/readyz").splitlines()
+            assert lines[0] == "ready" and any(line.startswith(f"trouble with {kind}: ") for line in lines[1:])
+            yield
+        wait_for(lambda: kind not in self.troubles())
+        assert not self.metric(kind)
+        told, self.logged = self.daemon.log.read_bytes()[self.logged :].decode(), self.daemon.log.stat().st_size
+        words = kind.replace("_", " ")
+        assert f"trouble with {words}: " in told and f"the trouble with {words} is over" in told
+
+    @contextmanager
+    def traffic(self) -> Iterator[None]:
+        """Inside, calls by version, by alias, and for whatever the split says, are answered, each by the right one."""
+        over, failures, answered = threading.Event(), list[object](), [0]
+
+        def call() -> None:
+            while not over.is_set():
+                try:
+                    assert self.answers("steady", version=3) == 3
+                    assert self.answers("steady", alias="stable") == 1
+                    assert self.answers("steady") in (1, 2)
+                    answered[0] += 3
+                except Exception as error:
+                    failures.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        try:
+            wait_for(lambda: answered[0] or failures)
+            yield
+            before = answered[0]
+            wait_for(lambda: answered[0] > before + 3 or failures)
+        finally:
+            over.set()
+            thread.join()
+        assert not failures, failures[0]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def fetch(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - http, on loopback
+            return str(response.read().decode())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read().decode()
+
+
+def drop(folder: Path, version: int) -> Path:
+    """Drop what is to be the version, which sees its own class."""
+    digits = Catalogue.from_entry_points().get("digits")
+    state = seeded_state(digits, seed=0)
+    state["fc.weight"], state["fc.bias"] = torch.zeros(50, digits.feature_size), torch.zeros(50)
+    state["fc.bias"][version] = 9.0
+    folder.mkdir(exist_ok=True)
+    torch.save({"backbone": "digits", "model_state_dict": state}, folder / f"{version}.pt")
+    return folder / f"{version}.pt"
+
+
+def mount(*arguments: str | Path) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.decode().strip()}")
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave not one block free; returns the file that takes them."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1 << 9):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    return filler
+
+
+def start_without_privileges(flags: list[str], folder: Path) -> LocalDaemon:
+    """A daemon that files' permissions hold for, also where the tests are root's."""
+    started: list[LocalDaemon] = []
+
+    def start() -> None:  # what a thread gives up, its children lack, and no other thread
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+        started.append(LocalDaemon.start(flags, folder))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert started, (folder / "daemon.log").read_text()
+    return started[0]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("picture") / "grey.png"
+    Image.new("RGB", (16, 16), "grey").save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> Iterator[Served]:
+    """A daemon whose two folders each lie on a small disk of their own, where disks can be mounted."""
+    folder = tmp_path_factory.mktemp("troubles")
+    place = folder / "place"
+    for name in ("disk", "state", "place/checkpoints"):
+        (folder / name).mkdir(parents=True)
+    with ExitStack() as stack:
+        for name, size in (("disk", "48m"), ("state", "12m")):
+            stack.callback(unmount, folder / name)
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder / name], check=False, capture_output=True
+            )
+        stack.callback(unmount, place / "checkpoints")
+        (folder / "disk" / "data").mkdir()
+        subprocess.run(
+            ["mount", "--bind", folder / "disk" / "data", place / "checkpoints"], check=False, capture_output=True
+        )
+        flags = [
+            f"--checkpoint-dir={place / 'checkpoints'}", f"--state-dir={folder / 'state'}", "--device=cpu",
+            "--precision=fp32", "--compile=off", "--grpc-port=0", "--http-port=0", "--scan-interval-seconds=0.2",
+            "--settle-seconds=1",
+            "--max-loaded-versions=2",
+        ]  # fmt: skip
+        daemon = stack.enter_context(start_without_privileges(flags, folder))
+        there = Served(daemon, place, picture)
+        stack.callback(there.channel.close)
+        stack.callback(there.client.close)
+        there.make_steady()
+        yield there
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.fixture
+def disk(served: Served) -> Path:
+    """The disk that the checkpoint directory is on."""
+    if not os.path.ismount(served.root):
+        pytest.skip("nothing can be mounted here")
+    return served.place.parent / "disk"
+
+
+def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), str(caught.value.details())
+
+
+def test_a_directory_that_is_renamed_away(served: Served) -> None:
+    served.place.rename(served.place.with_name("away"))
+    try:
+        with served.in_trouble("checkpoint_directory", "No such file"):
+            served.place.with_name("away").rename(served.place)
+            served.takes_in_what_is_dropped()
+    finally:
+        if not served.place.exists():
+            served.place.with_name("away").rename(served.place)
+    assert served.answers("steady", alias="canary") == 2
+
+
+def test_a_disk_that_is_unmounted_leaves_an_empty_folder_behind(served: Served, disk: Path) -> None:
+    unmount(served.root)
+    with served.in_trouble("checkpoint_directory", "is its disk mounted?"):
+        assert not list(served.root.iterdir())
+        mount("--bind", disk / "data", served.root)
+        served.takes_in_what_is_dropped()
+    assert len(served.client.get_model("steady").versions) == 3
+
+
+def test_a_directory_that_may_only_be_read(served: Served, disk: Path) -> None:
+    mount("-o", "remount,bind,ro", served.root)
+    try:
+        served.fresh += 1
+        drop(disk / "data" / "fresh", served.fresh)
+        with served.in_trouble("loading", f"{served.fresh}.pt: it can't be adopted yet: Read-only file system"):
+            (waiting,) = served.client.list_checkpoints(model="fresh", filter="state = LOADING")
+            assert "Read-only" in waiting.reason
+            code, text = refused(
+                lambda: served.stub.DeleteModelVersion(pb.DeleteModelVersionRequest(model="fresh", version=1))
+            )
+            assert code is grpc.StatusCode.FAILED_PRECONDITION and "Read-only" in text
+            mount("-o", "remount,bind,rw", served.root)
+            wait_for(lambda: served.serves("fresh") == served.fresh)
+    finally:
+        mount("-o", "remount,bind,rw", served.root)
+    served.takes_in_what_is_dropped()
+
+
+def test_a_full_disk_of_checkpoints(served: Served, disk: Path) -> None:
+    served.fresh += 1
+    dropped = drop(disk / "data" / "fresh", served.fresh)
+    hidden = dropped.rename(dropped.with_suffix(".not-yet"))
+    filler = fill(disk)
+    hidden.rename(dropped)
+    with served.in_trouble("loading", "No space left on device"):
+        filler.unlink()
+        wait_for(lambda: served.serves("fresh") == served.fresh)
+    assert not list(served.root.glob("*/.writing-*"))
+    served.takes_in_what_is_dropped()
+
+
+@pytest.mark.parametrize("name", [".", "steady", "steady/1"])
+def test_permission_denied(served: Served, name: str) -> None:
+    folder = served.root / name
+    folder.chmod(0)
+    try:
+        with served.in_trouble("checkpoint_directory", "Permission denied"):
+            if name != ".":
+                served.takes_in_what_is_dropped()  # what is wrong with one model is nothing to another
+            folder.chmod(0o755)
+    finally:
+        folder.chmod(0o755)
+    served.takes_in_what_is_dropped()
+    assert len(served.client.get_model("steady").versions) == 3
+
+
+def test_a_dropped_file_and_a_version_that_may_not_be_read_yet(served: Served) -> None:
+    served.fresh += 1
+    file = drop(served.root / "fresh", served.fresh)
+    file.chmod(0)
+    with served.in_trouble("loading", "Permission denied"):
+        file.chmod(0o644)
+        wait_for(lambda: served.serves("fresh") == served.fresh)
+    (epoch,) = (served.root / "fresh" / "1").glob("epoch-*")
+    epoch.chmod(0)
+    assert refused(lambda: served.stub.Predict(request(served, "fresh", 1)))[0] is grpc.StatusCode.UNAVAILABLE
+    with served.in_trouble("loading", "fresh version 1 can't be read"):
+        epoch.chmod(0o644)
+        wait_for(lambda: served.client.get_model("fresh").versions[-1].loaded)
+    assert served.answers("fresh", version=1) == 1
+
+
+def request(served: Served, model: str, version: int) -> pb.PredictRequest:
+    images = [pb.Image(encoded=served.picture.read_bytes())]
+    return pb.PredictRequest(model=model, version=version, images=images)
+
+
+def test_a_database_that_is_locked(served: Served) -> None:
+    noted = len(list(served.client.list_history()))
+    alias = pb.SetAliasRequest(model="steady", alias="locked", version=1)
+    with closing(sqlite3.connect(served.place.parent / "state" / "backboned.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with served.in_trouble("database", "locked by another process"):
+            code, text = refused(lambda: served.stub.SetAlias(alias))
+            assert code is grpc.StatusCode.UNAVAILABLE and "locked" in text
+            served.takes_in_what_is_dropped()
+            assert "locked" not in served.client.get_model("steady").aliases
+            other.execute("ROLLBACK")
+    wait_for(lambda: len(list(served.client.list_history())) > noted)
+    new = list(served.client.list_history())[:-noted]
+    assert [(c.model, c.version) for c in new] == [("fresh", served.fresh)]  # what happened, and nothing that didn't
+    served.client.set_alias("steady", "locked", 1)
+    served.client.delete_alias("steady", "locked")
+    served.takes_in_what_is_dropped()
+
+
+def test_a_full_disk_of_the_state_folder(served: Served, disk: Path) -> None:
+    before = dict(served.client.get_model("steady").aliases)
+    noted = len(list(served.client.list_history()))
+    filler = fill(disk.with_name("state"))
+    made, error = 0, None
+    while error is None:  # as long as what was freed in the file has room
+        try:
+            served.stub.SetAlias(pb.SetAliasRequest(model="steady", alias=f"full-{made}", version=1))
+            made += 1
+        except grpc.RpcError as caught:
+            error = caught
+        assert made < 2000
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "full" in str(error.details())
+    with served.in_trouble("database", "the disk of the state folder is full"):
+        served.takes_in_what_is_dropped()
+        wait_for(lambda: "full" in served.troubles().get("answers", ""))
+        aliases = served.client.get_model("steady").aliases
+        assert dict(aliases) == before | {f"full-{i}": 1 for i in range(made)}
+        filler.unlink()
+    wait_for(lambda: not served.troubles())
+    for i in range(made):
+        served.client.delete_alias("steady", f"full-{i}")
+    wait_for(lambda: len(list(served.client.list_history())) == noted + 2 * made + 1)
+    served.takes_in_what_is_dropped()
+
+
+@pytest.mark.parametrize("seconds", [-86_400, 0, 4_102_444_800, 300_000_000_000])
+def test_files_of_other_times(served: Served, seconds: int) -> None:
+    """A clock that was wrong when a file was written keeps nothing from being served, or listed."""
+    served.fresh += 1
+    served.picture.parent.joinpath("model").mkdir(exist_ok=True)
+    file = drop(served.picture.parent / "model", served.fresh)
+    broken = file.with_name(f"broken-{served.fresh}.pt")
+    broken.write_bytes(b"nothing")
+    for each in (file, broken):
+        try:
+            os.utime(each, (seconds, seconds))
+        except (OverflowError, OSError):
+            pytest.skip("this file system knows no such time")
+    subprocess.run(["cp", "--preserve=timestamps", file, broken, served.root / "fresh"], check=True)
+    wait_for(lambda: served.serves("fresh") == served.fresh)
+    wait_for(lambda: any(c.uri.endswith(broken.name) for c in served.client.list_checkpoints(model="fresh")))

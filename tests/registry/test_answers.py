@@ -19,6 +19,7 @@ from backboned.registry.answers import Answers
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.recognise import Recogniser
+from backboned.registry.reference import Reference
 from backboned.registry.task import Task
 from backboned.registry.version import VersionReader, VersionWriter
 from backboned.registry.weights import StageWeights, WeightStore
@@ -29,14 +30,13 @@ FEATURES = 256
 
 def make(k: int = 3, d: int = FEATURES) -> Answers:
     generator = torch.Generator().manual_seed(k)
-    return Answers(
-        1.25, 0.7, 1.5, torch.randn(k, d, generator=generator).half(), torch.rand(d, generator=generator) + 1
-    )
+    centres, scale = torch.randn(k, d, generator=generator).half(), torch.rand(d, generator=generator) + 1
+    return Answers(1.25, 0.7, 1.5, centres, scale, Reference.of([0.5, 0.75, 1.0], [1.0, 1.25, 1.5]))
 
 
 def same(a: Answers | None, b: Answers) -> bool:
     assert a is not None
-    told = [(x.temperature, x.uncertain_below, x.unfamiliar_beyond) for x in (a, b)]
+    told = [(x.temperature, x.uncertain_below, x.unfamiliar_beyond, x.reference) for x in (a, b)]
     return told[0] == told[1] and a.centres.equal(b.centres) and a.scale.equal(b.scale)
 
 
@@ -70,6 +70,12 @@ def test_what_is_written_is_read_again_by_torch_alone() -> None:
     assert same(Answers.from_payload(torch.load(file, weights_only=True), classes=3, feature_size=FEATURES), make())
 
 
+def test_a_checkpoint_of_before_there_was_a_reference_is_read_without_one() -> None:
+    old = {key: value for key, value in make().to_payload().items() if key != "validation"}
+    found = Answers.from_payload(old, classes=3, feature_size=FEATURES)
+    assert found.reference is None and found.to_payload().keys() == old.keys()
+
+
 HOSTILE: list[tuple[object, str]] = [
     (["no", "mapping"], "are a list"),
     ({"temperature": 0.0}, "temperature 0.0, which is no number in 0.05…20"),
@@ -91,6 +97,8 @@ HOSTILE: list[tuple[object, str]] = [
     ({"centres": torch.zeros(3, FEATURES).to_sparse()}, "only plain dense ones"),
     ({"scale": torch.zeros(FEATURES)}, "a scale that isn't above 0"),
     ({"scale": torch.ones(3)}, "scale [3]"),
+    ({"validation": None}, "NoneType for `validation`"),
+    ({"validation": {"certainty": {"edges": [0.5], "counts": [1, 1]}}}, "no distance of validation"),
 ]
 
 

@@ -126,3 +126,5 @@ def test_an_evaluation_is_an_event_whatever_was_judged(
         assert 0 <= judged.calibration_error <= 1 and judged.loss >= 0
     kept = Answers.from_payload(answers.to_payload(), classes=len(classes), feature_size=5)
     assert kept.unfamiliar_beyond == answers.unfamiliar_beyond
+    assert kept.reference == answers.reference and kept.reference is not None
+    assert kept.reference.certainty.total == kept.reference.distance.total == n

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backboned.registry.payload import check_tensor, refused
+from backboned.registry.reference import Reference
 
 TEMPERATURES = (0.05, 20.0)
 """The range of temperatures."""
@@ -25,6 +26,8 @@ class Answers:
     `centres` `[k, d]` float16 are the means of the training features of each class (with several labels, also of the
     images without any; never of a class without images, so that k is at most the number of classes and one), of
     features brought to length 1 and multiplied by `scale` `[d]` float32, one over their deviation from the centres.
+
+    `reference` tells where the images lie that validated; None in a checkpoint of before there was one.
     """
 
     temperature: float
@@ -32,6 +35,7 @@ class Answers:
     unfamiliar_beyond: float
     centres: Tensor
     scale: Tensor
+    reference: Reference | None = None
 
     def distances(self, features: Tensor) -> Tensor:
         """How far features `[n, d]` float32 lie from the nearest centre: `[n]`, in standard deviations a value.
@@ -56,9 +60,11 @@ class Answers:
         """Memory of its tensors."""
         return self.centres.nbytes + self.scale.nbytes
 
-    def to_payload(self) -> dict[str, float | Tensor]:
+    def to_payload(self) -> dict[str, Any]:
         """Plain values and tensors, as they lie in the checkpoint."""
+        beside = {} if self.reference is None else {"validation": self.reference.to_payload()}
         return {
+            **beside,
             "temperature": self.temperature,
             "uncertain_below": self.uncertain_below,
             "unfamiliar_beyond": self.unfamiliar_beyond,
@@ -89,6 +95,7 @@ class Answers:
             unfamiliar_beyond=_number(values, "unfamiliar_beyond", 0, 1e30),
             centres=centres.clone(),
             scale=scale.clone(),
+            reference=Reference.from_payload(values["validation"]) if "validation" in values else None,
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backboned.registry.answers import Answers
+from backboned.registry.reference import Reference
 from backboned.registry.task import Task
 from backboned.server.training.calibration import doubt_below, fit_temperature, right
 from backboned.server.training.events import ClassJudgement, Evaluation, Judgement
@@ -59,7 +60,12 @@ def answers_of(task: Task, validation: Outputs, familiarity: Familiarity) -> Ans
         centres=familiarity.centres,
         scale=familiarity.scale,
     )
-    return replace(answers, unfamiliar_beyond=unfamiliar_beyond(answers, validation.features))
+    certainties, distances = task.certainty(probabilities), answers.distances(validation.features.float())
+    return replace(
+        answers,
+        unfamiliar_beyond=unfamiliar_beyond(answers, validation.features),
+        reference=Reference.of(certainties.tolist(), distances.tolist()),
+    )
 
 
 def evaluate(

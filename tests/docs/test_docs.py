@@ -194,6 +194,7 @@ def metric_labels() -> dict[str, set[str]]:
     metrics.decided("m", "promoted")
     metrics.serving_version("m", 1)
     metrics.precision_deviation("m", 0.0)
+    metrics.watch_drift(lambda: {"m": {"features": (0.5, 0.1)}})
     return {
         metric.name + ("_total" if metric.type == "counter" else ""): {
             label for sample in metric.samples for label in sample.labels if label != "le"

@@ -34,6 +34,8 @@ FAMILIES = {
     "cold_call_wait_seconds": set(),
     "evictions_total": set(),
     "serving_version": {"model"},
+    "serving_drift": {"model", "kind"},
+    "serving_drift_by_chance": {"model", "kind"},
     "checkpoint_last_scan_timestamp_seconds": set(),
     "trouble": {"kind"},
     "stages_loaded": set(),
@@ -74,6 +76,7 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.serving_version("cats", 3)
     metrics.checkpoint_load("loaded", 0.1)
     metrics.scanned(1_700_000_000.0)
+    metrics.watch_drift(lambda: {"cats": {"confidence": (0.25, 0.125), "features": (0.5, 0.125)}})
     metrics.watch_stages(lambda: (6, 94_000_000), 2**30)
     metrics.watch_compiler(True, lambda: 5, lambda: 2)
     metrics.precision_deviation("cats", 0.004)
@@ -119,6 +122,8 @@ def test_every_metric_has_a_help_text(busy: Metrics) -> None:
         'backboned_serving_loss_count{model="cats",role="serving"} 2.0',
         'backboned_serving_outcomes_total{correct="false",model="cats",role="serving"} 1.0',
         'backboned_serving_version{model="cats"} 3.0',
+        'backboned_serving_drift{kind="features",model="cats"} 0.5',
+        'backboned_serving_drift_by_chance{kind="confidence",model="cats"} 0.125',
         'backboned_checkpoint_loads_total{result="loaded"} 1.0',
         'backboned_checkpoint_loads_total{result="quarantined"} 0.0',
         "backboned_checkpoint_last_scan_timestamp_seconds 1.7e+09",
@@ -144,6 +149,7 @@ def test_job_states_that_are_not_told_count_zero_again(busy: Metrics) -> None:
 def test_the_series_of_a_model_go_when_it_goes(busy: Metrics) -> None:
     busy.predict_done("dogs", "OK")
     busy.forget_model("cats")
+    busy.watch_drift(dict)  # it tells of models that are there
     text = generate_latest(busy.registry).decode()
     assert '"cats"' not in text
     assert 'model="dogs"' in text

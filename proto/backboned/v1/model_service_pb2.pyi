@@ -1963,6 +1963,7 @@ class Model(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     SHADOW_VERSION_FIELD_NUMBER: _builtins.int
     COMPARISON_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     serving_version: _builtins.int
@@ -1989,6 +1990,12 @@ class Model(_message.Message):
     def comparison(self) -> Global___Comparison:
         """What outcomes say of `serving_version`, and of `shadow_version`, since they have been side by side."""
 
+    @_builtins.property
+    def drift(self) -> Global___Drift:
+        """How the images that come differ from those that validated `serving_version`, by the answers that it gave. Unset if
+        there is nothing to compare them with: its file was dropped, or was written before there was such a figure.
+        """
+
     def __init__(
         self,
         *,
@@ -2001,14 +2008,97 @@ class Model(_message.Message):
         traffic: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         shadow_version: _builtins.int = ...,
         comparison: Global___Comparison | None = ...,
+        drift: Global___Drift | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "drift", b"drift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "comparison", b"comparison", "name", b"name", "policy", b"policy", "policy_version", b"policy_version", "serving_version", b"serving_version", "shadow_version", b"shadow_version", "traffic", b"traffic", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "comparison", b"comparison", "drift", b"drift", "name", b"name", "policy", b"policy", "policy_version", b"policy_version", "serving_version", b"serving_version", "shadow_version", b"shadow_version", "traffic", b"traffic", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Drift(_message.Message):
+    """How the images that a version answers differ from those that validated it. No labels are needed. Only the newest 1000
+    count, since the daemon started and this version began to serve. Docs: trust.md.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_FIELD_NUMBER: _builtins.int
+    UNFAMILIAR_FIELD_NUMBER: _builtins.int
+    DRIFTED_FIELD_NUMBER: _builtins.int
+    images: _builtins.int
+    """How many images it is about, at most 1000."""
+    uncertain: _builtins.float
+    """The share of images whose `Prediction.uncertain` was set, 0…1."""
+    unfamiliar: _builtins.float
+    """The share of images whose `Prediction.unfamiliar` was set, 0…1."""
+    drifted: _builtins.bool
+    """Whether `confidence` or `features` has drifted."""
+    @_builtins.property
+    def confidence(self) -> Global___Shift:
+        """By how certain answers are. Unset with fewer than 100 images."""
+
+    @_builtins.property
+    def features(self) -> Global___Shift:
+        """By how far the features that the head reads lie from all that trained. Unset with fewer than 100 images."""
+
+    def __init__(
+        self,
+        *,
+        images: _builtins.int = ...,
+        confidence: Global___Shift | None = ...,
+        features: Global___Shift | None = ...,
+        uncertain: _builtins.float = ...,
+        unfamiliar: _builtins.float = ...,
+        drifted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "features", b"features"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "drifted", b"drifted", "features", b"features", "images", b"images", "uncertain", b"uncertain", "unfamiliar", b"unfamiliar"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drift: _TypeAlias = Drift  # noqa: Y015
+
+@_typing.final
+class Shift(_message.Message):
+    """How far the distribution of a figure is from that of the images that validated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    BY_CHANCE_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    DRIFTED_FIELD_NUMBER: _builtins.int
+    distance: _builtins.float
+    """The largest difference between the shares of both that lie up to a value, 0…1: the Kolmogorov-Smirnov distance."""
+    by_chance: _builtins.float
+    """What chance alone exceeds once in a thousand windows, for images that come independently of one another."""
+    lower: _builtins.bool
+    """Whether values lie lower than in validation, where they differ most."""
+    drifted: _builtins.bool
+    """Whether `distance` is above `by_chance`, and 0.2 or more."""
+    def __init__(
+        self,
+        *,
+        distance: _builtins.float = ...,
+        by_chance: _builtins.float = ...,
+        lower: _builtins.bool = ...,
+        drifted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_chance", b"by_chance", "distance", b"distance", "drifted", b"drifted", "lower", b"lower"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shift: _TypeAlias = Shift  # noqa: Y015
 
 @_typing.final
 class Comparison(_message.Message):

@@ -182,6 +182,7 @@ class Daemon:
         self._promoter = Promoter(self.versions, outcomes, self.metrics)
         self._sweeper = Sweeper(self.versions, config.keep_versions, config.keep_days)
         self.metrics.watch_queue(self.engine.depth)
+        self.metrics.watch_drift(outcomes.recent.shifts)
         self.metrics.watch_stages(self._stages.loaded, memory_bytes)
         self.metrics.watch_compiler(not self._compiler.unavailable, self._compiler.compiled, self._compiler.pending)
         self.metrics.watch_troubles(self.troubles.has)

@@ -1,6 +1,7 @@
-"""What outcomes say of versions, as messages."""
+"""What outcomes, and answers without outcomes, say of versions, as messages."""
 
 from backboned.server.serving.comparison import Interval, Sums, Tally
+from backboned.server.serving.drift import Drift, Shift
 from backboned.v1 import model_service_pb2 as pb
 
 
@@ -14,6 +15,24 @@ def comparison_message(tally: Tally) -> pb.Comparison:
         answers=tally.answers,
         agreements=tally.agreements,
     )
+
+
+def drift_message(drift: Drift) -> pb.Drift:
+    """A drift as a message."""
+    return pb.Drift(
+        images=drift.images,
+        confidence=_shift(drift.confidence),
+        features=_shift(drift.features),
+        uncertain=drift.uncertain,
+        unfamiliar=drift.unfamiliar,
+        drifted=drift.drifted,
+    )
+
+
+def _shift(shift: Shift | None) -> pb.Shift | None:
+    if shift is None:
+        return None
+    return pb.Shift(distance=shift.distance, by_chance=shift.by_chance, lower=shift.lower, drifted=shift.drifted)
 
 
 def _figures(sums: Sums) -> pb.Figures | None:

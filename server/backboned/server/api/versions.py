@@ -10,7 +10,7 @@ from backboned.registry.errors import invalid, not_found
 from backboned.registry.manifest import check_name
 from backboned.registry.query import paginate
 from backboned.server.api.checkpoints import model_message, timestamp
-from backboned.server.api.comparisons import comparison_message
+from backboned.server.api.comparisons import comparison_message, drift_message
 from backboned.server.serving.history import Entry
 from backboned.server.serving.outcomes import Outcomes
 from backboned.server.serving.policy import VersionPolicy
@@ -112,6 +112,8 @@ class VersionService(pb_grpc.ModelServiceServicer):
         )
         message.shadow_version = shadow
         message.comparison.CopyFrom(comparison_message(self._outcomes.tally(model)))
+        if (drift := self._outcomes.recent.drift(model)) is not None:
+            message.drift.CopyFrom(drift_message(drift))
         return message
 
     async def _entries(self, name: str) -> list[Entry]:

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from backboned.client import Client
 from backboned.server.commands.comparison_view import compared
+from backboned.server.commands.drift_view import drifted
 from backboned.server.commands.options import DEFAULT_ADDRESS, Json, Server
 from backboned.server.commands.output import console, label, notice, print_json, print_table, runs, when
 from backboned.v1 import model_service_pb2 as pb
@@ -218,7 +219,7 @@ def _show_versions(model: pb.Model) -> None:
             sharing.setdefault(shared, []).append(str(version.version))
     columns = [">version", "state", "backbone", "task", ">classes", ">accuracy", "created", "aliases"]
     print_table(columns, rows, empty="no version")
-    for line in compared(model):
+    for line in (*compared(model), *drifted(model)):
         notice(line)
     for version in model.versions:
         if version.checkpoint.reason:

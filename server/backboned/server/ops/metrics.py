@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from backboned.server.ops.drift import DriftCollector, Shifts
 from backboned.server.training.events import JobState
 from backboned.server.troubles import TroubleKind
 
@@ -124,6 +125,10 @@ class Metrics:
         """`version` answers for `model` from now on."""
         self._serving_version.labels(model).set(version)
 
+    def watch_drift(self, shifts: Callable[[], Shifts]) -> None:
+        """Ask `shifts`, from any thread, for the drift of the models that serve, whenever metrics are scraped."""
+        self._drift.source = shifts
+
     def watch_stages(self, loaded: Callable[[], tuple[int, int]], limit_bytes: int) -> None:
         """Ask `loaded` for the number of distinct stages in memory, and their bytes, whenever metrics are scraped.
 
@@ -221,6 +226,8 @@ class Metrics:
             "Versions that outcomes promoted, rejected before they served, or rolled back.",
             ("model", "result"),
         )
+        self._drift = DriftCollector(PREFIX)
+        self.registry.register(self._drift)
         self._serving_version = self._gauge("serving_version", "Version that answers by default.", ("model",))
         self._stages_loaded = self._gauge("stages_loaded", "Distinct stages in memory.")
         self._stage_memory = self._gauge("stage_memory_bytes", "Size of their tensors.")

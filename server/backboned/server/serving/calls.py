@@ -55,13 +55,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one image shows: classes with probabilities, best first; and whether to doubt it, see the proto."""
+    """What one image shows: classes with probabilities, best first; and whether to doubt it, see the proto.
+
+    `certainty` is as of `Task.certainty`, `distance` as of `Answers.distances`; None where the model can't tell.
+    """
 
     id: str
     classes: tuple[tuple[str, float], ...]
     embedding: tuple[float, ...] = ()
     uncertain: bool = False
     unfamiliar: bool = False
+    certainty: float | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)

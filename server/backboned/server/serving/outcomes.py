@@ -16,6 +16,7 @@ from backboned.registry.task import Task
 from backboned.server.serving.calls import Prediction
 from backboned.server.serving.comparison import LARGEST_LOSS, Score, Tally
 from backboned.server.serving.rank import correct, truth_of
+from backboned.server.serving.recent import Recent
 from backboned.server.serving.remembered import Memory, Pair, Remembered
 from backboned.server.serving.snapshot import KnownModel, LoadedModel, Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
@@ -60,10 +61,12 @@ class Outcomes:
         self._memory = memory
         self._snapshot = snapshot
         self._telemetry = telemetry
+        self.recent = Recent(snapshot)
         self._turn = asyncio.Lock()
 
     def answered(self, answers: Answers, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
         """Keep a call's answers; with `labels`, one an image, they are scored at once."""
+        self.recent.answered(answers.model, predictions)
         model = answers.model.manifest
         shadow = None if answers.shadow is None else answers.shadow.manifest
         rows = _bytes(answers.logits)

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +27,39 @@ def rank(model: LoadedModel, answers: Sequence[Answer], top_k: int) -> tuple[Pre
             secrets.token_hex(12),
             tuple((manifest.classes[i], p) for i, p in zip(places, likely, strict=True)),
             () if answer.embedding is None else tuple(answer.embedding.tolist()),
-            uncertain=unsure or unfamiliar,
-            unfamiliar=unfamiliar,
+            uncertain=doubt.unsure or doubt.unfamiliar,
+            unfamiliar=doubt.unfamiliar,
+            certainty=doubt.certainty,
+            distance=doubt.distance,
         )
-        for answer, places, likely, (unsure, unfamiliar) in zip(
-            answers, indices.tolist(), values.tolist(), doubts, strict=True
-        )
+        for answer, places, likely, doubt in zip(answers, indices.tolist(), values.tolist(), doubts, strict=True)
     )
 
 
-def _doubts(model: LoadedModel, probabilities: Tensor, answers: Sequence[Answer]) -> list[tuple[bool, bool]]:
-    """For each answer, whether it is too little certain, and whether its image lies too far from all that trained."""
+class _Doubt(NamedTuple):
+    """How certain an answer is, and how far its image lies from all that trained; and whether that is too far."""
+
+    certainty: float | None = None
+    distance: float | None = None
+    unsure: bool = False
+    unfamiliar: bool = False
+
+
+def _doubts(model: LoadedModel, probabilities: Tensor, answers: Sequence[Answer]) -> list[_Doubt]:
+    """For each answer, whether there is reason to doubt it; none where the model doesn't know its limits."""
     known = model.answers
     if known is None:
-        return [(False, False)] * len(answers)
-    unsure = model.manifest.task.certainty(probabilities) < known.uncertain_below
-    far = [a.distance is not None and a.distance.item() > known.unfamiliar_beyond for a in answers]
-    return list(zip(unsure.tolist(), far, strict=True))
+        return [_Doubt()] * len(answers)
+    certainties = model.manifest.task.certainty(probabilities).tolist()
+    distances = [None if answer.distance is None else answer.distance.item() for answer in answers]
+    return [
+        _Doubt(certainty, distance, certainty < known.uncertain_below, _beyond(distance, known.unfamiliar_beyond))
+        for certainty, distance in zip(certainties, distances, strict=True)
+    ]
+
+
+def _beyond(distance: float | None, limit: float) -> bool:
+    return distance is not None and distance > limit
 
 
 def check_labels(manifest: Manifest, labels: Sequence[str]) -> None:

@@ -55,7 +55,10 @@ class Answers:
 
 
 class Outcomes:
-    """Remembers answers and counts what became of them. For one event loop."""
+    """Remembers answers and counts what became of them. For one event loop.
+
+    `recent` tells what there is to tell of answers without outcomes.
+    """
 
     def __init__(self, memory: Memory, snapshot: Callable[[], Snapshot], telemetry: ServingTelemetry) -> None:
         self._memory = memory

@@ -11,6 +11,8 @@ from backboned.registry.directory import CheckpointDirectory, Drop
 from backboned.registry.errors import BackbonedError
 from backboned.registry.lock import abandoned, locked
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
+from backboned.registry.signatures import write_signature
+from backboned.registry.told import says_the_same
 
 LOCK_NAME = ".lock"
 """In the checkpoint directory: who holds it may add a version of a dropped file."""
@@ -32,12 +34,6 @@ class Before:
     versions: Collection[int] = ()
 
 
-def same(new: Manifest, old: Manifest) -> bool:
-    """Whether two adopted manifests say the same of the same bytes."""
-    told = (new.best.sha256, new.task, new.classes, new.preprocessing, new.backbone)
-    return told == (old.best.sha256, old.task, old.classes, old.preprocessing, old.backbone)
-
-
 def taken_by_another(directory: CheckpointDirectory, drop: Drop, manifest: Manifest, known: Collection[int]) -> bool:
     """Whether a version that isn't `known` was adopted from the same file. Call it with the lock held."""
     for version in directory.versions(drop.model):
@@ -48,7 +44,7 @@ def taken_by_another(directory: CheckpointDirectory, drop: Drop, manifest: Manif
             return True
         with suppress(BackbonedError):
             other = Manifest.read(directory.version(drop.model, version))
-            if other.adopted_from == drop.path.name and same(manifest, other):
+            if other.adopted_from == drop.path.name and says_the_same(manifest, other):
                 return True
     return False
 
@@ -60,12 +56,14 @@ def adding(directory: CheckpointDirectory) -> Iterator[None]:
         yield
 
 
-def keep(copy: Path, manifest: Manifest, folder: Path) -> None:
-    """Move a checked file into the folder of its version, all or nothing. Raises `OSError`."""
+def keep(copy: Path, manifest: Manifest, folder: Path, signature: bytes | None = None) -> None:
+    """Move a checked file, and its signature, into the folder of its version, all or nothing. Raises `OSError`."""
     marker = folder / MARKER_NAME
     try:
         with locked(marker):
             copy.replace(folder / manifest.best.file)
+            if signature is not None:
+                write_signature(folder / manifest.best.file, signature)
             sync_path(folder)
             manifest.write(folder)
             marker.unlink()

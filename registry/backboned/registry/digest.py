@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +28,30 @@ def stage_digest(tensors: Mapping[str, Tensor]) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class DigestingFile:
+    """Writes through to a file, and knows the SHA-256 of what was written: of these bytes, whatever is there later."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        """Write bytes at the end. Raises `OSError`."""
+        self._digest.update(content)
+        self.size_bytes += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system. Raises `OSError`."""
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        """In hex."""
+        return self._digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 <root>/<model>/<version>/manifest.json, epoch-0001.pt …    versions
 <root>/<model>/<anything>.pt|.pth|.safetensors              dropped files
+<any of these files>.sig                                    its signature, where files are signed
 """
 
 import errno
@@ -17,6 +18,7 @@ from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, check_name
 from backboned.registry.payload import SUFFIXES
 from backboned.registry.sidecar import sidecar_paths
+from backboned.registry.signatures import signature_path
 
 MAX_VERSION = 2**62
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -47,18 +49,20 @@ class Signature:
 
 @dataclass(frozen=True)
 class Drop:
-    """A dropped file, with its own signature and that of what stands beside it."""
+    """A dropped file: what changes when it does, when what stands beside it does, and when someone signs it."""
 
     model: str
     path: Path
     signature: Signature
     beside: tuple[Signature | None, ...] = ()
+    signed: Signature | None = None
 
     @property
     def key(self) -> str:
         """What changes with its content, also over a restart: sizes, and times of modification and change."""
+        signed = () if self.signed is None else (self.signed,)
         return " ".join(
-            f"{s.size_bytes}@{s.mtime_ns}@{s.ctime_ns}" if s else "-" for s in (self.signature, *self.beside)
+            f"{s.size_bytes}@{s.mtime_ns}@{s.ctime_ns}" if s else "-" for s in (self.signature, *self.beside, *signed)
         )
 
 
@@ -220,7 +224,7 @@ class CheckpointDirectory:
                 seen.deleted.add((model, version))
         elif path.is_file() and (signature := Signature.of(path)) is not None:
             beside = tuple(Signature.of(p) for p in sidecar_paths(path))
-            seen.drops[path] = Drop(model, path, signature, beside)
+            seen.drops[path] = Drop(model, path, signature, beside, Signature.of(signature_path(path)))
         elif not path.exists():
             seen.refused[path] = "it is a link to nothing"
         else:

@@ -4,6 +4,7 @@ Loading is `torch.load(weights_only=True)` or safetensors, always, with no fallb
 or something else altogether is told from one that is whole.
 """
 
+import json
 import pickle
 import re
 import warnings
@@ -52,14 +53,15 @@ def refused(message: str) -> BackbonedError:
     return BackbonedError(ErrorKind.DATA_LOSS, message)
 
 
-def read_payload(path: Path, *, verified: bool = False) -> Payload:
-    """Read a `.pt`, `.pth` or `.safetensors` file.
+def read_payload(path: Path, *, suffix: str | None = None, verified: bool = False) -> Payload:
+    """Read a `.pt`, `.pth` or `.safetensors` file; `suffix` says which it is where the path doesn't.
 
     Checks that archive members match their CRC (unless the file is `verified` by a digest already), that nothing but
     tensors and plain values is in the file, and that every tensor is a plain, finite one that its bytes really hold.
     Raises `BackbonedError` `DATA_LOSS` with the reason and the remedy, and `OSError` if there's no file to read.
     """
-    payload = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, verified)
+    safetensors = (suffix or path.suffix) == ".safetensors"
+    payload = _read_safetensors(path) if safetensors else _read_torch(path, verified)
     if not payload.tensors:
         raise refused("it holds no tensors: save model.state_dict()")
     for key, tensor in payload.tensors.items():
@@ -75,7 +77,16 @@ def _read_safetensors(path: Path) -> Payload:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it has no __iter__
     except (SafetensorError, OSError, ValueError) as error:
         raise IncompleteFile(f"not a whole safetensors file: {_line(error)}") from error
-    return Payload(tensors, backbone=metadata.get("backbone"))
+    return Payload(tensors, backbone=metadata.get("backbone"), metadata=_told_in_json(metadata.get("backboned", "{}")))
+
+
+def _told_in_json(text: str) -> dict[str, Any]:
+    """What a safetensors file, whose metadata are texts, says of itself as an object in JSON."""
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise refused("what its metadata have under 'backboned' is not JSON") from error
+    return {key: told[key] for key in ("classes", "task", "preprocessing") if isinstance(told, dict) and key in told}
 
 
 def _read_torch(path: Path, verified: bool) -> Payload:

@@ -3,29 +3,37 @@
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
-from backboned.registry.adoption import Before, adding, keep, same, taken_by_another
+from backboned.registry.adoption import Before, adding, keep, taken_by_another
 from backboned.registry.answers import Answers
 from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomically
 from backboned.registry.backbone import Backbone
-from backboned.registry.digest import file_digest
+from backboned.registry.digest import DigestingFile, file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
-from backboned.registry.errors import BackbonedError
 from backboned.registry.lock import locked
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
-from backboned.registry.payload import Payload, read_payload, refused
+from backboned.registry.payload import read_payload, refused
 from backboned.registry.recognise import Recognised, Recogniser
-from backboned.registry.sidecar import Sidecar, read_sidecar, told_by
-from backboned.registry.task import class_names
+from backboned.registry.sealed import sealed
+from backboned.registry.signatures import Signer, Trust, read_signature, unsigned, write_signature
+from backboned.registry.told import (
+    answers_of,
+    check_manifest,
+    foundations,
+    manifest_of,
+    says_the_same,
+    told_by_file,
+    told_of,
+)
 from backboned.registry.weights import StageWeights, WeightStore
 
 
@@ -44,10 +52,14 @@ class VersionWeights:
 
 
 class VersionWriter:
-    """Writes a version epoch by epoch into its folder: the checkpoint first, the manifest last. For one thread."""
+    """Writes a version epoch by epoch into its folder: the checkpoint first, the manifest last. For one thread.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    With a `signer`, each checkpoint has its signature beside it before the manifest tells of it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, signer: Signer | None = None) -> None:
         self._folder = folder
+        self._signer = signer
         self.manifest = manifest
 
     def write(
@@ -63,7 +75,7 @@ class VersionWriter:
         trained: tuple[str, ...] | None = None,
         answers: Answers | None = None,
     ) -> Epoch:
-        """Write `epoch-NNNN.pt` and then the manifest.
+        """Write `epoch-NNNN.pt`, and its signature, and then the manifest. Raises `OSError`.
 
         `stages` has the digests of the whole chain at this epoch, `trained` the names of those that `tensors` are of,
         if these aren't the manifest's.
@@ -86,8 +98,9 @@ class VersionWriter:
             },
         }
         path = self._folder / name
-        write_atomically(path, lambda file: torch.save(content, file))
-        record = Epoch(epoch, name, file_digest(path), path.stat().st_size, time.time(), metrics)
+        record = Epoch(epoch, name, *_save(content, path), time.time(), metrics)
+        if self._signer is not None:
+            write_signature(path, self._signer.sign(name, record.sha256))
         self.manifest = self.manifest.with_epoch(record, best=best, stages=stages, trained=trained)
         self.manifest.write(self._folder)
         return record
@@ -99,72 +112,112 @@ class VersionWriter:
 
 
 class VersionReader:
-    """Reads versions and adopts dropped files. For one thread at a time."""
+    """Reads versions and adopts dropped files. For one thread at a time.
 
-    def __init__(self, directory: CheckpointDirectory, recogniser: Recogniser, weights: WeightStore) -> None:
+    With a `trust`, only files that it trusts, and by what these say of themselves alone: the manifest, and what stands
+    beside a dropped file, may say the same and nothing else. What is checked then is a copy in memory, which is read.
+    """
+
+    def __init__(
+        self, directory: CheckpointDirectory, recogniser: Recogniser, weights: WeightStore, trust: Trust | None = None
+    ) -> None:
         self._directory = directory
         self._recogniser = recogniser
         self._weights = weights
+        self._trust = trust
 
     def read(self, manifest: Manifest, epoch: int | None = None) -> VersionWeights:
         """The weights of a version's best epoch, or of `epoch`.
 
-        Raises `BackbonedError`: `DATA_LOSS` if the file isn't what the manifest says, `FAILED_PRECONDITION` if the
-        backbone's weights aren't to be had, `NOT_FOUND` if no plugin offers the backbone. Raises `OSError` if the file
-        can't be read now, which is no fault of the file's.
+        Raises `BackbonedError`: `DATA_LOSS` if the file isn't what the manifest says, or isn't signed as it must be,
+        `FAILED_PRECONDITION` if the backbone's weights aren't to be had, `NOT_FOUND` if no plugin offers the backbone.
+        Raises `OSError` if the file can't be read now, which is no fault of the file's.
         """
         record = manifest.best if epoch is None else next(e for e in manifest.epochs if e.epoch == epoch)
         path = self._directory.version(manifest.model, manifest.version) / record.file
         try:
-            if path.stat().st_size != record.size_bytes or file_digest(path) != record.sha256:
-                raise refused(f"{record.file} is truncated or altered: it doesn't match the sha256 in the manifest")
-            payload = read_payload(path, verified=True)
+            with self._held(path) as held:
+                if held.stat().st_size != record.size_bytes or file_digest(held) != record.sha256:
+                    raise refused(f"{record.file} is truncated or altered: it doesn't match the sha256 in the manifest")
+                if self._trust is not None:
+                    self._trust.check(record.file, record.sha256, read_signature(path))
+                payload = read_payload(held, suffix=path.suffix, verified=True)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise refused(f"{record.file} can't be read: {error.strerror}") from error
-        found = self._recogniser.recognise(payload, manifest.backbone)
+        inside = None if self._trust is None else told_by_file(payload)
+        found = self._recogniser.recognise(payload, manifest.backbone if inside is None else inside.backbone)
         if found.outputs != manifest.task.outputs(len(manifest.classes)):
             raise refused(f"{record.file} has {found.outputs} outputs for {len(manifest.classes)} classes")
-        expected = manifest.stages if record.epoch == manifest.best_epoch else _foundations(payload)
-        stages = self._assemble(found, expected)
+        best = record.epoch == manifest.best_epoch
+        stages = self._assemble(found, {**(manifest.stages if best else {}), **foundations(payload)})
+        if inside is not None:
+            digests = {name: weights.digest for name, weights in stages.items()} if best else manifest.stages
+            check_manifest(manifest, inside, found, digests)
         shared = found.missing or self._shared(found, stages)
-        return VersionWeights(manifest, found.backbone, stages, shared, _answers(payload, manifest, found.backbone))
+        return VersionWeights(manifest, found.backbone, stages, shared, answers_of(payload, manifest, found.backbone))
 
     def adopt(self, drop: Drop, before: Before = Before()) -> VersionWeights | None:  # noqa: B008 - it is immutable
         """Make a dropped file the model's next version: a private copy of it, checked, with a manifest.
 
         Returns None if it says nothing new against what was adopted `before`, or another daemon has adopted it
-        meanwhile. Raises `BackbonedError` with the reason if it can't be used, and `OSError` if it can't be copied;
-        then nothing is left behind.
+        meanwhile; a new signature of it is taken over. Raises `BackbonedError` with the reason if it can't be used
+        (`IncompleteFile` if its signature isn't there or doesn't hold), and `OSError` if it can't be copied; then
+        nothing is left behind.
         """
+        signature = read_signature(drop.path)
+        if self._trust is not None and signature is None:
+            raise unsigned("it")
         copy = drop.path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{drop.path.suffix}"
         try:
             with locked(copy):
-                return self._adopt(drop, copy, before)
+                return self._adopt(drop, copy, signature, before)
         finally:
             copy.unlink(missing_ok=True)
 
-    def _adopt(self, drop: Drop, copy: Path, before: Before) -> VersionWeights | None:
+    def _adopt(self, drop: Drop, copy: Path, signature: bytes | None, before: Before) -> VersionWeights | None:
         shutil.copyfile(drop.path, copy)
-        with ThreadPoolExecutor(2) as aside:
-            sha256, synced = aside.submit(file_digest, copy), aside.submit(sync_path, copy)
-            payload = read_payload(copy)
-            sidecar = _told(drop, payload)
+        with self._held(copy) as held, ThreadPoolExecutor(2) as aside:
+            sha256, synced = aside.submit(file_digest, held), aside.submit(sync_path, copy)
+            if self._trust is not None:
+                self._trust.check("it", sha256.result(), signature)
+            payload = read_payload(held, suffix=copy.suffix)
+            sidecar = told_of(drop, payload, signed=self._trust is not None)
             found = self._recogniser.recognise(payload, sidecar.backbone)
-            stages = self._assemble(found, _foundations(payload))
+            stages = self._assemble(found, foundations(payload))
+            size_bytes = held.stat().st_size
         synced.result()
-        manifest = _manifest(drop, payload, sidecar, found, stages)
-        answers = _answers(payload, manifest, found.backbone)
-        best = replace(manifest.best, sha256=sha256.result(), size_bytes=copy.stat().st_size)
+        manifest = manifest_of(drop, payload, sidecar, found, stages)
+        answers = answers_of(payload, manifest, found.backbone)
+        best = replace(manifest.best, sha256=sha256.result(), size_bytes=size_bytes)
         manifest = replace(manifest, epochs=(best,))
-        if best.sha256 in before.deleted or (before.previous is not None and same(manifest, before.previous)):
+        if best.sha256 in before.deleted:
+            return None
+        if before.previous is not None and says_the_same(manifest, before.previous):
+            if self._trust is not None:
+                self._take_over(signature, before.previous)
             return None
         with adding(self._directory):
             if taken_by_another(self._directory, drop, manifest, before.versions):
                 return None
             manifest = replace(manifest, version=self._directory.reserve(drop.model))
-            keep(copy, manifest, self._directory.version(manifest.model, manifest.version))
+            keep(copy, manifest, self._directory.version(manifest.model, manifest.version), signature)
         shared = found.missing or self._shared(found, stages)
         return VersionWeights(manifest, found.backbone, stages, shared, answers)
+
+    @contextmanager
+    def _held(self, path: Path) -> Iterator[Path]:
+        """A path to what is at `path`, which nobody can change any more if it matters who made it."""
+        if self._trust is None:
+            yield path
+        else:
+            with sealed(path) as held:
+                yield held
+
+    def _take_over(self, signature: bytes | None, manifest: Manifest) -> None:
+        """Put the signature of a dropped file beside the same file in the version that was made of it."""
+        path = self._directory.version(manifest.model, manifest.version) / manifest.best.file
+        if signature is not None and signature != read_signature(path):
+            write_signature(path, signature)
 
     def _assemble(self, found: Recognised, expected: Mapping[str, str]) -> dict[str, StageWeights]:
         """The weights of all stages: the file's own, and for the missing ones those of the backbone, if as expected."""
@@ -190,61 +243,13 @@ class VersionReader:
         return tuple(n for n, w in stages.items() if n in base and base[n].digest == w.digest)
 
 
-def _manifest(
-    drop: Drop, payload: Payload, sidecar: Sidecar, found: Recognised, stages: Mapping[str, StageWeights]
-) -> Manifest:
-    """The manifest of a dropped file, all but its version, digest and size."""
-    task, classes = class_names(sidecar.classes, found.outputs, sidecar.task)
-    epoch = payload.epoch or 0
-    name = f"epoch-{epoch:04d}{drop.path.suffix}"
-    record = Epoch(epoch, name, "", 0, time.time(), EpochMetrics(train_loss=payload.loss))
-    return Manifest(
-        model=drop.model,
-        version=0,
-        backbone=found.backbone.name,
-        task=task,
-        classes=classes,
-        stages={name: weights.digest for name, weights in stages.items()},
-        preprocessing=sidecar.preprocessing or found.backbone.preprocessing,
-        epochs=(record,),
-        best_epoch=epoch,
-        complete=True,
-        trained=tuple(found.stages),
-        adopted_from=drop.path.name,
-        adopted_key=drop.key,
-        versions=library_versions(),
-    )
+def _save(content: Mapping[str, Any], path: Path) -> tuple[str, int]:
+    """Save a checkpoint; the SHA-256 and the size in bytes of what was written, not of what may be there since."""
+    written: list[DigestingFile] = []
 
+    def save(file: BinaryIO) -> None:
+        written.append(DigestingFile(file))
+        torch.save(content, cast("BinaryIO", written[0]))
 
-def library_versions() -> dict[str, str]:
-    """Versions of torch and of this package, for the manifest."""
-    return {"torch": str(torch.__version__), "backboned": distribution_version("backboned")}
-
-
-def _told(drop: Drop, payload: Payload) -> Sidecar:
-    """What stands beside a dropped file; and where that says nothing, what the file says of itself."""
-    beside = {k: v for k, v in vars(read_sidecar(drop.path)).items() if v is not None}
-    try:
-        inside = told_by({k: v for k, v in payload.metadata.items() if k not in beside})
-    except (ValueError, BackbonedError) as error:
-        raise refused(f"what it says of itself can't be used: {error}") from error
-    return replace(inside, **beside)
-
-
-def _foundations(payload: Payload) -> dict[str, str]:
-    """The digests of the stages that a file of our own trainer stands on; of another file nothing is known."""
-    stages = payload.metadata.get("stages")
-    return {str(k): str(v) for k, v in stages.items()} if isinstance(stages, Mapping) else {}
-
-
-def _answers(payload: Payload, manifest: Manifest, backbone: Backbone) -> Answers | None:
-    """What a file of our own trainer says about its answers.
-
-    None if it says nothing, or if a person has told another task or preprocessing since: then it holds no more.
-    """
-    told = payload.metadata
-    if told.get("answers") is None:
-        return None
-    answers = Answers.from_payload(told["answers"], classes=len(manifest.classes), feature_size=backbone.feature_size)
-    holds = (manifest.task.value, manifest.preprocessing.to_dict()) == (told.get("task"), told.get("preprocessing"))
-    return answers if holds else None
+    write_atomically(path, save)
+    return written[0].sha256, written[0].size_bytes

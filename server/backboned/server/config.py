@@ -62,6 +62,13 @@ class Config(BaseSettings):
     plugin: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Module with further backbone plugins; repeatable."
     )
+    signing_key: Path | None = Field(
+        default=None, description="Private key that checkpoints are signed by as they are written; a PEM file."
+    )
+    trusted_key: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(),
+        description="Public key; with any, only checkpoints signed by one are served. A PEM file; repeatable.",
+    )
     host: Annotated[str, StringConstraints(min_length=1)] = Field(
         default="127.0.0.1", description="Address to listen on."
     )
@@ -154,7 +161,7 @@ class Config(BaseSettings):
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
 
-    @field_validator("data_root", mode="before")
+    @field_validator("data_root", "trusted_key", mode="before")
     @classmethod
     def _split_paths(cls, value: object) -> object:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
@@ -206,10 +213,14 @@ class Config(BaseSettings):
     @field_validator("weights")
     @classmethod
     def _files(cls, value: Mapping[str, Path]) -> Mapping[str, Path]:
-        files = {name: _expanded(path) for name, path in value.items()}
-        if missing := [path for path in files.values() if not path.is_file()]:
-            raise ValueError(f"no such file: {missing[0]}")
-        return files
+        return {name: _existing(path) for name, path in value.items()}
+
+    @field_validator("signing_key", "trusted_key")
+    @classmethod
+    def _keys(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(map(_existing, value))
+        return _existing(value) if value else None
 
 
 def _expanded(path: Path) -> Path:
@@ -217,6 +228,12 @@ def _expanded(path: Path) -> Path:
         return path.expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f"no such user's home folder: {path}") from error
+
+
+def _existing(path: Path) -> Path:
+    if not (file := _expanded(path)).is_file():
+        raise ValueError(f"no such file: {file}")
+    return file
 
 
 @dataclass(frozen=True)

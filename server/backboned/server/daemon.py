@@ -21,6 +21,7 @@ from backboned.registry.atomic import write_atomically
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.signatures import Signer, Trust
 from backboned.registry.weights import WeightStore
 from backboned.server.api.frontends import Frontends, frontends_for
 from backboned.server.api.handover import Answering
@@ -98,6 +99,7 @@ class Daemon:
             log.warning("plugin %s from %s is broken: %s", broken.name, broken.origin, broken.reason)
         for name in config.weights:
             catalogue.get(name)  # a misspelt name must not wait for the first FineTune
+        Signer.of(config.signing_key)  # and neither may a key that can't be used
         directory = CheckpointDirectory(config.checkpoint_dir.absolute())
         weights = WeightStore(catalogue, config.weights)
         self._stages = StageStore(device)
@@ -133,6 +135,7 @@ class Daemon:
                 config.watch,
                 Limits(config.settle_seconds, config.max_loaded_versions, memory_bytes),
             ),
+            trust=Trust.of(config.trusted_key),
             on_loaded=self._compiler.consider,
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
@@ -320,4 +323,6 @@ def _training_settings(config: Config, uploads: UploadStore) -> TrainingSettings
         threads=threads,
         max_queued_jobs=config.max_queued_jobs,
         max_image_pixels=config.max_image_pixels,
+        signing_key=config.signing_key,
+        trusted_keys=config.trusted_key,
     )

@@ -29,6 +29,7 @@ COMMANDS = (
     "datasets",
     "alias",
     "export",
+    "sign",
     "demo",
     "doctor",
 )

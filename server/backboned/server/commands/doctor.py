@@ -62,6 +62,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         yield Finding("warn", "data_root", "none: FineTune can read no dataset; name folders with --data-root")
     for subject, port in (("grpc_port", config.grpc_port), ("http_port", config.http_port)):
         yield _port(subject, config.host, port)
+    yield from _signatures(config)
     yield _compiler()
     yield _device(config)
     yield from _plugins(config)
@@ -95,6 +96,25 @@ def _port(subject: str, host: str, port: int) -> Finding:
             "warn", subject, f"{host}:{port} can't be had: {os.strerror(error.errno or 0)}; a daemon may be running"
         )
     return Finding("ok", subject, f"{host}:{port} is free" if port else "any free one")
+
+
+def _signatures(config: Config) -> Iterator[Finding]:
+    if config.signing_key is None and not config.trusted_key:
+        return
+    from backboned.registry import BackbonedError
+    from backboned.registry.signatures import Signer, Trust
+
+    yield Finding("ok", "model-signing", _version("model-signing"))
+    try:
+        Signer.of(config.signing_key)
+        Trust.of(config.trusted_key)
+    except BackbonedError as error:
+        yield Finding("fail", "signatures", error.message)
+        return
+    made = "checkpoints are signed" if config.signing_key else "checkpoints that are written here are not signed"
+    keys = f"{len(config.trusted_key)} key{'s' * (len(config.trusted_key) > 1)}"
+    served = f"only those signed by one of {keys} are served" if config.trusted_key else "unsigned ones are served too"
+    yield Finding("warn" if config.trusted_key and not config.signing_key else "ok", "signatures", f"{made}; {served}")
 
 
 def _compiler() -> Finding:

@@ -45,6 +45,8 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
 def _metavar(name: str, field: FieldInfo) -> str:
     if name == "weights":
         return "BACKBONE=FILE"
+    if name.endswith("_key"):
+        return "FILE"
     if name.endswith(("_dir", "_root", "_file")):
         return "PATH"
     numbers = {"<class 'int'>": "N", "<class 'float'>": "SECONDS"}

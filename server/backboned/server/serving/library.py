@@ -9,6 +9,7 @@ from backboned.registry.adoption import Before
 from backboned.registry.directory import CheckpointDirectory, Drop, Seen, Signature, Tombstone, look_alike
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
+from backboned.registry.signatures import signature_path
 from backboned.server.serving.budget import Arrival, Footprint
 from backboned.server.serving.plan import DropState, Known, KnownDrop, Load, OutOfMemory, Plan, VersionKey
 from backboned.server.serving.policy import Policy
@@ -17,11 +18,11 @@ from backboned.server.serving.snapshot import KnownModel, KnownVersion, LoadedMo
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Why a version isn't served; lifted when its manifest or file is no longer as it was."""
+    """Why a version isn't served; lifted when its manifest, or its file or who signed that, is no longer as it was."""
 
     reason: str
     manifest: Signature
-    file: Signature | None
+    file: tuple[Signature | None, ...]
 
 
 _Told = tuple[VersionKey, Manifest, tuple[object, ...]]
@@ -158,13 +159,13 @@ class Library:
             # What serves keeps serving: a manifest that was readable before stays until it is readable again.
             self.refuse(key, error.message)
 
-    def _file_signature(self, key: VersionKey) -> Signature | None:
+    def _file_signature(self, key: VersionKey) -> tuple[Signature | None, ...]:
         manifest = self.manifests.get(key)
-        folder = self.directory.version(*key)
+        path = self.directory.version(*key) / (manifest.best.file if manifest else MANIFEST_NAME)
         try:
-            return Signature.of(folder / (manifest.best.file if manifest else MANIFEST_NAME))
+            return Signature.of(path), Signature.of(signature_path(path))
         except OSError:
-            return None
+            return (None,)
 
     def _deleted_from(self, drop: Drop) -> list[Tombstone]:
         return [

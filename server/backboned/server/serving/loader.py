@@ -22,6 +22,7 @@ from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.manifest import Manifest
 from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
+from backboned.registry.signatures import Trust
 from backboned.registry.version import VersionReader
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.stages import LoadedStage, StageStore
@@ -76,6 +77,7 @@ class Loader:
         records: Records,
         troubles: Troubles,
         settings: LoaderSettings,
+        trust: Trust | None = None,
         on_loaded: Callable[[Sequence[Path]], None] = lambda _: None,
     ) -> None:
         """The `records` tell which versions are to serve, and which have aliases and so stay loaded.
@@ -92,7 +94,7 @@ class Loader:
         self._announcer = Announcer(telemetry, records.history)
         self._on_loaded = on_loaded
         self._told: Sequence[Path] = ()
-        self._reader = VersionReader(directory, Recogniser(catalogue), weights)
+        self._reader = VersionReader(directory, Recogniser(catalogue), weights, trust)
         self._on_cpu = stages.device.device.type == "cpu"
         self._placer = Placer(stages, catalogue, telemetry)
         self._room = Room(self._placer, settings.limits.memory_bytes)

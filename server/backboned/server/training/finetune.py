@@ -11,6 +11,7 @@ from backboned.registry.backbone import Backbone
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.recognise import Recogniser
+from backboned.registry.signatures import Trust
 from backboned.registry.version import VersionReader
 from backboned.registry.weights import StageWeights, WeightStore
 from backboned.server.compute.device import Device
@@ -92,7 +93,8 @@ def _starting_point(
     if options.warm_start_version is not None:
         directory = CheckpointDirectory(spec.checkpoint_dir)
         manifest = warm_start(directory, spec.model, options.warm_start_version, backbone)
-        warm = VersionReader(directory, Recogniser(catalogue), weights).read(manifest)
+        trust = Trust.of(spec.trusted_keys)  # what it begins with goes into a file that is signed
+        warm = VersionReader(directory, Recogniser(catalogue), weights, trust).read(manifest)
     return StartingPoint.of(backbone, own, options.task, classes, seed=options.seed, warm=warm)
 
 

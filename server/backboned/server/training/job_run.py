@@ -175,6 +175,8 @@ class JobRun:
             compiled_dir=settings.compiled_dir,
             remote_data=settings.remote_data,
             fetched_dir=settings.fetched_dir,
+            signing_key=settings.signing_key,
+            trusted_keys=settings.trusted_keys,
         )
 
 

@@ -12,7 +12,9 @@ from backboned.registry.backbone import Backbone
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
-from backboned.registry.version import VersionWriter, library_versions
+from backboned.registry.signatures import Signer
+from backboned.registry.told import library_versions
+from backboned.registry.version import VersionWriter
 from backboned.registry.weights import StageWeights
 from backboned.server.training.datasets import Dataset
 from backboned.server.training.epochs import Trained
@@ -59,7 +61,7 @@ class Record:
                 f"dataset {dataset.location} has changed since the job began, which can't go on with another one",
                 field="dataset",
             )
-        self._writer = VersionWriter(self.folder, manifest)
+        self._writer = VersionWriter(self.folder, manifest, Signer.of(spec.signing_key))
 
     @property
     def manifest(self) -> Manifest:

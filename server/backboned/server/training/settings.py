@@ -15,7 +15,8 @@ class TrainingSettings:
     `threads` compute in a trainer. Features are cached in `cache_dir` while they take `cache_bytes` at most; beyond
     that they are computed in each epoch. `compiled_dir` has compiled stages. `remote_data` are schemes, and beginnings
     of URIs, from which data may be fetched; `fetched_dir` keeps that, and archives that had to be unpacked. A job may
-    read the uploaded dataset that it is for, which is a folder in `uploads`, and no other one.
+    read the uploaded dataset that it is for, which is a folder in `uploads`, and no other one. Checkpoints are signed
+    by the key in `signing_key`; with `trusted_keys`, a warm start is from a signed one alone.
     """
 
     work_dir: Path
@@ -33,6 +34,8 @@ class TrainingSettings:
     compiled_dir: Path | None = None
     remote_data: tuple[str, ...] = ()
     fetched_dir: Path | None = None
+    signing_key: Path | None = None
+    trusted_keys: tuple[Path, ...] = ()
 
     def roots_for(self, location: str) -> tuple[Path, ...]:
         """What a job on the dataset at `location` may read: the data roots, and its folder if it was uploaded."""

@@ -18,6 +18,8 @@ class TrainerSpec:
     `work_dir` is the job's own: what it needs to go on after its trainer was killed is kept there. Features are cached
     in `cache_dir`, which all jobs share, while they take `cache_bytes` at most. `compiled_dir` has stages that the
     daemon has compiled. `threads` is how many compute.
+
+    Checkpoints are signed by the key in `signing_key`; with `trusted_keys`, a warm start is from a signed one alone.
     """
 
     model: str
@@ -39,6 +41,8 @@ class TrainerSpec:
     compiled_dir: Path | None = None
     remote_data: tuple[str, ...] = ()
     fetched_dir: Path | None = None
+    signing_key: Path | None = None
+    trusted_keys: tuple[Path, ...] = ()
 
     def to_json(self) -> str:
         """One line."""
@@ -51,10 +55,11 @@ class TrainerSpec:
         for name in ("checkpoint_dir", "work_dir", "cache_dir"):
             values[name] = Path(values[name])
         values["options"] = TrainingOptions.from_dict(values["options"])
-        values["data_roots"] = tuple(map(Path, values["data_roots"]))
+        for name in ("data_roots", "trusted_keys"):
+            values[name] = tuple(map(Path, values[name]))
         values["weight_files"] = {name: Path(file) for name, file in values["weight_files"].items()}
         values["plugin_modules"] = tuple(values["plugin_modules"])
         values["remote_data"] = tuple(values["remote_data"])
-        for name in ("fetched_dir", "compiled_dir"):
+        for name in ("fetched_dir", "compiled_dir", "signing_key"):
             values[name] = Path(values[name]) if values[name] else None
         return cls(**values)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from backboned.client import Client
@@ -61,3 +63,25 @@ def connect() -> Iterator[Callable[[LocalDaemon], Client]]:
     """Makes clients of daemons; they are closed at the end."""
     with ExitStack() as stack:
         yield lambda daemon: stack.enter_context(Client(daemon.grpc))
+
+
+@pytest.fixture(scope="session")
+def make_key(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Makes a key, by default on P-256, under a name: the files of its private and its public part."""
+    folder = tmp_path_factory.mktemp("keys")
+
+    def make(
+        name: str,
+        key: ec.EllipticCurvePrivateKey | None = None,
+        password: serialization.KeySerializationEncryption | None = None,
+    ) -> tuple[Path, Path]:
+        private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+        if not private.exists():
+            made = key or ec.generate_private_key(ec.SECP256R1())
+            pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+            private.write_bytes(made.private_bytes(pem, pkcs8, password or serialization.NoEncryption()))
+            form = serialization.PublicFormat.SubjectPublicKeyInfo
+            public.write_bytes(made.public_key().public_bytes(pem, form))
+        return private, public
+
+    return make

@@ -103,8 +103,8 @@ def test_one_that_could_never_be_read_is_a_refused_file(library: Library, folder
     assert not library.snapshot().models
 
 
-@pytest.mark.parametrize("changed", ["epoch-0001.pt", MANIFEST_NAME, None])
-def test_a_quarantine_is_lifted_when_the_file_or_the_manifest_changes(
+@pytest.mark.parametrize("changed", ["epoch-0001.pt", "epoch-0001.pt.sig", MANIFEST_NAME, None])
+def test_a_quarantine_is_lifted_when_the_file_or_its_signature_or_the_manifest_changes(
     library: Library, folder: Path, make_manifest: MakeManifest, changed: str | None
 ) -> None:
     version = write(folder, make_manifest())
@@ -113,6 +113,7 @@ def test_a_quarantine_is_lifted_when_the_file_or_the_manifest_changes(
     look(library)
     assert states(library) == {1: State.QUARANTINED}
     if changed is not None:
+        (version / changed).touch()
         os.utime(version / changed, (1, 1))
     look(library)
     assert states(library) == {1: State.QUARANTINED if changed is None else State.AVAILABLE}

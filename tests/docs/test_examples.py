@@ -62,6 +62,7 @@ def test_every_form_of_a_dropped_file_in_the_pages_is_served(folder: Path, block
         "wrapped": ("sick", "healthy"),
         "head": unnamed,
         "safe": unnamed,
+        "signed": named,
     }
     assert {f"checkpoints/{name}" for name in expected} == set(re.findall(r"checkpoints/\w+", dropping))
     names: dict[str, Any] = {}

@@ -85,7 +85,7 @@ class Vault:
         self, name: str = "mine.pt", previous: Manifest | None = None, reader: VersionReader | None = None
     ) -> VersionWeights | None:
         """Adopt what was dropped under a name."""
-        return (reader or self.reader).adopt(self.directory.scan().drops[self.folder / name], previous)
+        return (reader or self.reader).adopt(self.directory.scan().drops[self.folder / name], Before(previous))
 
     def refusal(self, manifest: Manifest | None = None) -> str:
         """Why a version isn't read, or what was dropped not adopted."""

@@ -94,6 +94,17 @@ def test_lists_and_pairs_can_be_given_everywhere(empty_folder: Path, monkeypatch
     assert load_config().config == flags.config
 
 
+def test_keys_are_files_of_which_several_may_be_trusted(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.pem", "b.pem"):
+        (empty_folder / name).touch()
+    a, b = empty_folder / "a.pem", empty_folder / "b.pem"
+    config = load_config({"signing_key": "a.pem", "trusted_key": ["a.pem", "b.pem"]}).config
+    assert (config.signing_key, config.trusted_key) == (a, (a, b))
+    monkeypatch.setenv("BACKBONED_TRUSTED_KEY", "a.pem:b.pem")
+    assert load_config().config.trusted_key == (a, b)
+    assert (Config().signing_key, Config().trusted_key) == (None, ())
+
+
 def test_what_may_be_fetched_is_a_list(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config({"remote_data": ["s3", "https://host/a/"]}).config.remote_data == ("s3", "https://host/a/")
     monkeypatch.setenv("BACKBONED_REMOTE_DATA", "s3, gs")
@@ -115,6 +126,8 @@ def test_sizes_are_read_with_their_unit() -> None:
         ("weights", ["resnet50"], "--weights: expected BACKBONE=FILE, got 'resnet50'"),
         ("weights", ["resnet50=nowhere.pth"], "nowhere.pth"),
         ("data_root", ["nowhere"], "--data-root: no such folder: "),
+        ("signing_key", "nowhere.pem", "--signing-key: no such file: "),
+        ("trusted_key", ["nowhere.pem"], "--trusted-key: no such file: "),
         (
             "remote_data",
             ["ftp"],

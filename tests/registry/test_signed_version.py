@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backboned.registry import BackbonedError, Catalogue
+from backboned.registry.adoption import Before
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest

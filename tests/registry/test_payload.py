@@ -16,7 +16,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from backboned.registry.errors import BackbonedError, ErrorKind
-from backboned.registry.payload import IncompleteFile, Payload, read_payload
+from backboned.registry.payload import Payload, read_payload
+from backboned.registry.refusal import IncompleteFile
 
 STATE = {"layer.weight": torch.arange(64.0).reshape(8, 8), "layer.bias": torch.ones(8), "count": torch.tensor(3)}
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from model_signing import signing, verifying
 
 from backboned.registry import BackbonedError
-from backboned.registry.payload import IncompleteFile
+from backboned.registry.refusal import IncompleteFile
 from backboned.registry.sealed import sealed
 from backboned.registry.signatures import (
     MAX_SIGNATURE_BYTES,

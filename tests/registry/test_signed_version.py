@@ -17,8 +17,8 @@ from backboned.registry.adoption import Before
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
-from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
+from backboned.registry.refusal import IncompleteFile
 from backboned.registry.signatures import Signer, Trust, read_signature, signature_path, write_signature
 from backboned.registry.task import Task
 from backboned.registry.version import VersionReader, VersionWeights, VersionWriter

@@ -19,8 +19,8 @@ from backboned.registry import BackbonedError, Catalogue, ErrorKind, Preprocessi
 from backboned.registry.adoption import Before
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
-from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
+from backboned.registry.refusal import IncompleteFile
 from backboned.registry.task import Task
 from backboned.registry.version import VersionReader, VersionWeights, VersionWriter
 from backboned.registry.weights import StageWeights, WeightStore

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backboned.registry.payload import check_tensor, refused
+from backboned.registry.plain import check_tensor
 from backboned.registry.reference import Reference
+from backboned.registry.refusal import refused
 
 TEMPERATURES = (0.05, 20.0)
 """The range of temperatures."""

@@ -6,12 +6,9 @@ or something else altogether is told from one that is whole.
 
 import json
 import pickle
-import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.archive import check_members, check_sums
+from backboned.registry.errors import BackbonedError
+from backboned.registry.pickled import MAX_PICKLE_BYTES, check_pickle
+from backboned.registry.plain import check_dense, check_finite, plain
+from backboned.registry.refusal import IncompleteFile, one_line, refused
+
+MAX_KEY_CHARACTERS = 500
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a safetensors file."""
+MAX_SHARING = 8
+"""So many times its size may all tensors of a file have together, where they share their bytes."""
+
+_MAX_LOSS = 1e300
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PICKLES = 5
+"""A number that tells the format, its version, the machine, the content, and the names of storages."""
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 """Names of checkpoint files end so."""
@@ -41,18 +53,6 @@ class Payload:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-class IncompleteFile(BackbonedError):
-    """A file that isn't whole: truncated, altered, or still being written. Waiting may mend it."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ErrorKind.DATA_LOSS, message)
-
-
-def refused(message: str) -> BackbonedError:
-    """The error for a file that can't be used, and won't be until someone changes it."""
-    return BackbonedError(ErrorKind.DATA_LOSS, message)
-
-
 def read_payload(path: Path, *, suffix: str | None = None, verified: bool = False) -> Payload:
     """Read a `.pt`, `.pth` or `.safetensors` file; `suffix` says which it is where the path doesn't.
 
@@ -64,19 +64,21 @@ def read_payload(path: Path, *, suffix: str | None = None, verified: bool = Fals
     payload = _read_safetensors(path) if safetensors else _read_torch(path, verified)
     if not payload.tensors:
         raise refused("it holds no tensors: save model.state_dict()")
-    for key, tensor in payload.tensors.items():
-        check_tensor(key, tensor)
+    _check_tensors(payload.tensors, path.stat().st_size)
     return payload
 
 
 def _read_safetensors(path: Path) -> Payload:
+    with path.open("rb") as opened:
+        if int.from_bytes(opened.read(8), "little") > MAX_HEADER_BYTES < path.stat().st_size:
+            raise refused(f"its safetensors header has more than {MAX_HEADER_BYTES >> 20} MiB")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Cloned: safetensors maps the file, and a mapped file that someone truncates would end the process.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it has no __iter__
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IncompleteFile(f"not a whole safetensors file: {_line(error)}") from error
+    except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError) as error:
+        raise IncompleteFile(f"not a whole safetensors file: {one_line(error)}") from error
     return Payload(tensors, backbone=metadata.get("backbone"), metadata=_told_in_json(metadata.get("backboned", "{}")))
 
 
@@ -91,12 +93,14 @@ def _told_in_json(text: str) -> dict[str, Any]:
 
 def _read_torch(path: Path, verified: bool) -> Payload:
     archived = _is_archive(path)
-    if archived and not verified:
-        _check_members(path)  # first: whatever is compressed, torch would inflate
+    if archived:
+        check_members(path)  # first: torch does whatever a file asks for
+    else:
+        _check_legacy(path)
     if verified or not archived:
         return _load(path, archived)
     with ThreadPoolExecutor(1) as aside:  # checksums and tensors are read side by side: both let go of the GIL
-        check = aside.submit(_check_sums, path)
+        check = aside.submit(check_sums, path)
         try:
             return _load(path, archived)
         finally:
@@ -108,7 +112,8 @@ def _load(path: Path, archived: bool) -> Payload:
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on malformed bytes
-        raise _unreadable(error, archived) from error
+        message = f"not a checkpoint that can be read: {_said(error)}"
+        raise (refused(message) if archived else IncompleteFile(message)) from error
     return _unwrap(content)
 
 
@@ -118,89 +123,75 @@ def _is_archive(path: Path) -> bool:
         start = file.read(4)
     if not start:
         raise IncompleteFile("the file is empty")
-    return start[:2] == b"PK"
+    return start == b"PK\x03\x04"
 
 
-def _check_members(path: Path) -> None:
-    """Check that an archive is one that `torch.save` may have written, by its table of contents."""
-    with _opened(path) as archive:
-        names = archive.namelist()
-        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-            raise refused("this is a TorchScript program, not weights: save model.state_dict() instead")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise refused("its archive is compressed, which torch.save never does")
-        if len(set(names)) != len(names):
-            raise refused("its archive has two members of one name")
-
-
-def _check_sums(path: Path) -> None:
-    """Check that an archive's members match their CRC-32."""
-    with _opened(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise IncompleteFile(f"the file is altered: {broken!r} in it doesn't match its checksum")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _check_legacy(path: Path) -> None:
+    """Check the pickles of a file as torch wrote it until 1.5: nobody knows whether such a file is whole."""
+    with path.open("rb") as file:
+        start = file.read(MAX_PICKLE_BYTES)
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise IncompleteFile(f"the file is truncated or altered: {_line(error)}") from error
+        if not start.startswith(_LEGACY_START):
+            raise refused("not a checkpoint that can be read: save model.state_dict() by torch.save")
+        at = 0
+        for _ in range(_LEGACY_PICKLES):
+            at = check_pickle(start, at)
+    except BackbonedError as error:
+        raise IncompleteFile(error.message) from error
 
 
-def _unreadable(error: Exception, archived: bool) -> BackbonedError:
-    """What is wrong with a file that torch doesn't load. Unless it is an archive, nobody knows whether it is whole."""
-    if not isinstance(error, pickle.UnpicklingError):
-        message = f"not a checkpoint that can be read: {_line(error)}"
-    elif found := re.search(r"(?:GLOBAL|class|type|function) (\w+(?:\.\w+)+)", str(error)):
-        message = (
-            f"it holds a pickled object ({found[1]}), not just tensors, and loading it could run any code; it looks "
-            "like torch.save(model): save the weights instead, torch.save(model.state_dict(), 'model.pt')"
-        )
-    else:  # torch's own words advise to load it all the same
-        message = "not a checkpoint that can be read: save model.state_dict() by torch.save"
-    return refused(message) if archived else IncompleteFile(message)
+def _said(error: Exception) -> str:
+    """What torch says of a file; of a pickle it would advise to load it all the same."""
+    return "save model.state_dict() by torch.save" if isinstance(error, pickle.UnpicklingError) else one_line(error)
 
 
 def _unwrap(content: Any) -> Payload:
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise refused(f"it holds a {type(content).__name__}, not a state_dict: save model.state_dict()")
-    wrapped = next((k for k in ("model_state_dict", "state_dict") if isinstance(content.get(k), Mapping)), None)
-    state = content[wrapped] if wrapped else content
-    beside: Mapping[str, Any] = content if wrapped else {k: v for k, v in content.items() if isinstance(v, str)}
+    content = dict(dict.items(content))  # by `dict` itself: an attribute of its own may be called `items`
+    wrapped = next((k for k in ("model_state_dict", "state_dict") if isinstance(content.get(k), dict)), None)
+    state = dict.items(content[wrapped] if wrapped else content)
+    beside = content if wrapped else {k: v for k, v in content.items() if isinstance(v, str)}
     tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
+    for key, value in state:
+        name = _key(key)
         if isinstance(value, Tensor) and isinstance(key, str):
-            tensors[key] = value.detach()
+            tensors[key] = Tensor.detach(value)  # by `Tensor` itself, for the same reason
         elif wrapped or not isinstance(value, str):
-            raise refused(f"its state_dict has {str(key)[:80]!r}, a {type(value).__name__}, where tensors are expected")
-    backbone, epoch, loss = beside.get("backbone"), beside.get("epoch"), beside.get("loss")
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        loss = loss.item()
+            raise refused(f"its state_dict has {name!r}, a {type(value).__name__}, where tensors are expected")
+    backbone, epoch = beside.get("backbone"), beside.get("epoch")
     classes = next(({"classes": content[k]} for k in ("classes", "class_to_idx") if wrapped and k in content), {})
     metadata = beside.get("backboned")
+    told = plain({**classes, **metadata} if isinstance(metadata, dict) else classes, "what is beside its tensors")
     return Payload(
         tensors,
         backbone=backbone if isinstance(backbone, str) else None,
         epoch=epoch if isinstance(epoch, int) and 0 <= epoch < 2**31 else None,
-        loss=float(loss) if isinstance(loss, int | float) else None,
-        metadata=classes | {str(k): v for k, v in metadata.items()} if isinstance(metadata, Mapping) else classes,
+        loss=_loss(beside.get("loss")),
+        metadata={str(k): v for k, v in told.items()},
     )
 
 
-def check_tensor(key: str, tensor: Tensor) -> None:
-    """Raise `BackbonedError` `DATA_LOSS` unless `tensor` is a plain, finite one that its bytes really hold."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
-        raise refused(f"{key!r} is a {tensor.layout} {tensor.dtype} tensor; only plain dense ones can be served")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise refused(f"{key!r} claims to be {list(tensor.shape)}, which its bytes don't hold")
-    # A sum that is finite has only finite terms, and costs a fifth of looking at each.
-    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-        raise refused(f"{key!r} has values that are not finite (NaN or infinity): the training diverged")
+def _key(key: object) -> str:
+    """A key as it may be quoted."""
+    if isinstance(key, str | int) and len(text := str(key)) <= MAX_KEY_CHARACTERS:
+        return text
+    raise refused(f"its state_dict has a key that is no text of 1 to {MAX_KEY_CHARACTERS} characters")
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] or type(error).__name__).rstrip(".")
+def _loss(value: object) -> float | None:
+    if isinstance(value, Tensor):
+        value = Tensor.detach(value)
+        dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        value = value.item() if dense and value.numel() == 1 else None
+    return float(value) if isinstance(value, int | float) and abs(value) < _MAX_LOSS else None
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
+    """Check tensors from a file of so many bytes, one by one and together."""
+    for key, tensor in tensors.items():
+        check_dense(_key(key), tensor)
+    if sum(t.nbytes for t in tensors.values()) > MAX_SHARING * size_bytes:
+        raise refused("its tensors are larger together than the file by far: save each with bytes of its own")
+    for key, tensor in tensors.items():
+        check_finite(key, tensor)

@@ -11,7 +11,8 @@ from backboned.registry.backbone import Backbone
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.digest import IGNORED_SUFFIX
 from backboned.registry.errors import BackbonedError
-from backboned.registry.payload import Payload, refused
+from backboned.registry.payload import Payload
+from backboned.registry.refusal import refused
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that `DataParallel` and `torch.compile` put before every key."""

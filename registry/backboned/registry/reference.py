@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from backboned.registry.payload import refused
+from backboned.registry.refusal import refused
 
 BINS = 20
 """So many bins have equal parts of the images, as far as their values differ."""

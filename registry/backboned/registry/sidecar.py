@@ -8,7 +8,7 @@ from typing import Any
 
 from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError
-from backboned.registry.payload import refused
+from backboned.registry.refusal import refused
 from backboned.registry.task import Task
 
 MAX_SIDECAR_BYTES = 16 * 2**20

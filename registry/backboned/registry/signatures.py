@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from backboned.registry.atomic import write_atomically
 from backboned.registry.errors import BackbonedError, ErrorKind
-from backboned.registry.payload import IncompleteFile
+from backboned.registry.refusal import IncompleteFile
 from backboned.registry.sealed import in_memory
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from backboned.registry.backbone import Backbone, Preprocessing
 from backboned.registry.directory import Drop
 from backboned.registry.errors import BackbonedError
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
-from backboned.registry.payload import Payload, refused
+from backboned.registry.payload import Payload
 from backboned.registry.recognise import Recognised
+from backboned.registry.refusal import refused
 from backboned.registry.sidecar import Sidecar, read_sidecar, told_by
 from backboned.registry.task import Task, class_names
 from backboned.registry.weights import StageWeights

@@ -21,8 +21,9 @@ from backboned.registry.digest import DigestingFile, file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
 from backboned.registry.lock import locked
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
-from backboned.registry.payload import read_payload, refused
+from backboned.registry.payload import read_payload
 from backboned.registry.recognise import Recognised, Recogniser
+from backboned.registry.refusal import refused
 from backboned.registry.sealed import sealed
 from backboned.registry.signatures import Signer, Trust, read_signature, unsigned, write_signature
 from backboned.registry.told import (

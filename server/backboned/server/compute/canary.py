@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backboned.registry.backbone import Backbone, Preprocessing
-from backboned.registry.payload import refused
+from backboned.registry.refusal import refused
 from backboned.registry.task import Task
 from backboned.registry.weights import StageWeights
 from backboned.server.compute.decode import decode

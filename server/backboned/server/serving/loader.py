@@ -20,8 +20,8 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.manifest import Manifest
-from backboned.registry.payload import IncompleteFile
 from backboned.registry.recognise import Recogniser
+from backboned.registry.refusal import IncompleteFile
 from backboned.registry.signatures import Trust
 from backboned.registry.version import VersionReader
 from backboned.registry.weights import WeightStore

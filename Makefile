@@ -2,7 +2,7 @@
 # and a package index, and from nothing else. `make help` tells the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench bench-gpu format proto lock clean \
+.PHONY: help demo test chaos lint bench bench-gpu format proto lock clean \
         check-style check-types check-imports check-proto check-generated check-lock
 
 BIN := .venv/bin
@@ -31,6 +31,9 @@ demo: $(INSTALLED) ## fine-tune, hot-load and predict on handwritten digits, off
 
 test: $(INSTALLED) ## run the tests, two files at a time (TESTS="tests/registry -k digest" runs some)
 	@$(BIN)/python -m pytest $(or $(TESTS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+
+chaos: $(INSTALLED) ## see what 10,000 mutated checkpoint files do: a quarter of an hour (CHAOS=1000 takes fewer)
+	@BACKBONED_CHAOS=$(or $(CHAOS),10000) $(BIN)/python -m pytest tests/chaos --log-level=WARNING --log-cli-level=WARNING
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH=benchmarks/NAME.py runs one)
 	@for bench in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do \

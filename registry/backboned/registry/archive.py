@@ -28,7 +28,7 @@ def check_members(path: Path) -> None:
 
     Raises `BackbonedError` `DATA_LOSS` unless `torch.save` may have written it.
     """
-    count = _check_end(path)
+    count = check_end(path)
     with _opened(path) as archive:
         members = archive.infolist()
         names = archive.namelist()
@@ -60,8 +60,11 @@ def check_sums(path: Path) -> None:
         raise IncompleteFile(f"the file is altered: {broken[:200]!r} in it doesn't match its checksum")
 
 
-def _check_end(path: Path) -> int:
-    """Check that an archive ends in one way only, with its table of contents before; returns its number of members."""
+def check_end(path: Path) -> int:
+    """Check that an archive ends in one way only, with its table of contents before; returns its number of members.
+
+    Reads no more than that end. Raises `BackbonedError` `DATA_LOSS`.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - _END.size - _LOCATOR.size - _END_64.size))

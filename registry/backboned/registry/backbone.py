@@ -77,8 +77,11 @@ class Preprocessing:
             if interpolation not in ("nearest", "bilinear", "bicubic"):
                 raise ValueError(f"unknown interpolation {interpolation!r}")
             return cls(int(values["resize_size"]), int(values["crop_size"]), mean, std, interpolation)
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise invalid(f"malformed preprocessing {values!r}: {error!r}") from error
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise invalid(
+                f"malformed preprocessing {str(values)[:300]}: resize_size and crop_size must be whole numbers, mean "
+                "and std three numbers each, interpolation nearest, bilinear or bicubic"
+            ) from error
 
 
 @dataclass(frozen=True)

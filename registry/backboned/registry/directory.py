@@ -15,6 +15,7 @@ from pathlib import Path
 
 from backboned.registry.atomic import sync_path
 from backboned.registry.errors import BackbonedError
+from backboned.registry.inside import leads_out, read_inside
 from backboned.registry.manifest import MANIFEST_NAME, check_name
 from backboned.registry.payload import SUFFIXES
 from backboned.registry.sidecar import sidecar_paths
@@ -22,6 +23,7 @@ from backboned.registry.signatures import signature_path
 
 MAX_VERSION = 2**62
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_MAX_TOMBSTONE_BYTES = 16 * 2**20
 TOMBSTONE_NAME = "deleted.json"
 """What is left of a deleted version whose number, or dropped file, must not be taken for a new one."""
 
@@ -92,6 +94,7 @@ class Seen:
     drops: dict[Path, Drop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
     deleted: set[tuple[str, int]] = field(default_factory=set)
+    unseen: set[Path] = field(default_factory=set)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -181,8 +184,9 @@ class CheckpointDirectory:
 
     def tombstone(self, model: str, version: int) -> "Tombstone":
         """What is left of a deleted version; empty if it was adopted from no file, or nothing is left."""
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            values = json.loads((self.version(model, version) / TOMBSTONE_NAME).read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            path = self.version(model, version) / TOMBSTONE_NAME
+            values = json.loads(read_inside(path, self.root, most_bytes=_MAX_TOMBSTONE_BYTES))
             digests = [e["sha256"] for e in values.get("epochs", ()) if e["epoch"] == values.get("best_epoch")]
             name, key = Path(str(values["adopted_from"])).name, str(values["adopted_key"])
             return Tombstone(name, key, str(next(iter(digests), "")))
@@ -200,7 +204,11 @@ class CheckpointDirectory:
                 continue
             try:
                 for path in _entries(folder):
-                    self._look(seen, path, real_root)
+                    try:
+                        self._look(seen, path, real_root)
+                    except PermissionError as error:  # one that we may not look at hides no other
+                        seen.refused[path] = _unseen(error)
+                        seen.unseen.add(path)
             except (FileNotFoundError, NotADirectoryError):
                 if not self.root.is_dir():
                     raise
@@ -222,6 +230,8 @@ class CheckpointDirectory:
                 seen.versions[model, version] = signature
             elif (path / TOMBSTONE_NAME).exists():
                 seen.deleted.add((model, version))
+            elif (path / MANIFEST_NAME).is_symlink():
+                seen.refused[path] = f"its {MANIFEST_NAME} is a link to nothing"
         elif path.is_file() and (signature := Signature.of(path)) is not None:
             beside = tuple(Signature.of(p) for p in sidecar_paths(path))
             seen.drops[path] = Drop(model, path, signature, beside, Signature.of(signature_path(path)))
@@ -233,7 +243,7 @@ class CheckpointDirectory:
 
 def _refusal(path: Path, real_root: str) -> str | None:
     """Why what is at `path` isn't even looked at; None if it is."""
-    if not Path(os.path.realpath(path)).is_relative_to(real_root):  # `Path.resolve` raises for a link to itself
+    if leads_out(path, real_root):
         return "it is a link that leads out of the checkpoint directory"
     if path.name != path.name.encode("utf-8", "replace").decode():
         return "its name is not UTF-8: rename it"
@@ -242,6 +252,10 @@ def _refusal(path: Path, real_root: str) -> str | None:
     except BackbonedError as error:
         return error.message
     return None
+
+
+def _unseen(error: OSError) -> str:
+    return f"it can't be looked at: {error.strerror}"
 
 
 def _entries(folder: Path) -> list[Path]:

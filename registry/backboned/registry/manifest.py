@@ -10,10 +10,11 @@ from typing import Any
 from backboned.registry.atomic import write_atomically
 from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError, ErrorKind, invalid
+from backboned.registry.inside import read_inside
 from backboned.registry.task import Task
 
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_EPOCH = 2**31 - 1
 MAX_SIZE_BYTES = 2**63 - 1
 MAX_CREATE_TIME = 253_402_300_799
@@ -113,9 +114,8 @@ class Manifest:
         """The manifest of the version in `folder`. Raises `BackbonedError` `DATA_LOSS` if it can't be understood."""
         path = folder / MANIFEST_NAME
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
-            values = json.loads(path.read_text(encoding="utf-8"))
+            content = read_inside(path, folder.parent.parent, most_bytes=MAX_MANIFEST_BYTES)
+            values = json.loads(content.decode("utf-8"))
             json.dumps(values, ensure_ascii=False).encode("utf-8")  # `\ud800` is JSON, but no text
             return cls._parse(values, folder)
         except Exception as error:  # it may come from anywhere, and anything may be wrong with it
@@ -142,7 +142,7 @@ class Manifest:
             version=int(values["version"]),
             backbone=str(values["backbone"]),
             task=Task(values["task"]),
-            classes=tuple(str(c) for c in values["classes"]),
+            classes=_texts(values["classes"]),
             stages={str(k): str(v) for k, v in values["stages"].items()},
             preprocessing=Preprocessing.from_dict(values["preprocessing"]),
             epochs=epochs,
@@ -160,6 +160,12 @@ class Manifest:
         if manifest.best_epoch not in {e.epoch for e in epochs}:
             raise ValueError(f"best epoch {manifest.best_epoch} is not among its epochs")
         return manifest
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"expected a list of names, got {str(values)[:80]}")
+    return tuple(values)
 
 
 def _plain_name(name: Any) -> str:

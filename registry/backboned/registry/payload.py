@@ -5,6 +5,7 @@ or something else altogether is told from one that is whole.
 """
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backboned.registry.archive import check_members, check_sums
+from backboned.registry.archive import check_end, check_members, check_sums
 from backboned.registry.errors import BackbonedError
 from backboned.registry.pickled import MAX_PICKLE_BYTES, check_pickle
 from backboned.registry.plain import check_dense, check_finite, plain
@@ -30,6 +31,7 @@ MAX_SHARING = 8
 """So many times its size may all tensors of a file have together, where they share their bytes."""
 
 _MAX_LOSS = 1e300
+_ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 5
 """A number that tells the format, its version, the machine, the content, and the names of storages."""
@@ -61,6 +63,7 @@ def read_payload(path: Path, *, suffix: str | None = None, verified: bool = Fals
     Raises `BackbonedError` `DATA_LOSS` with the reason and the remedy, and `OSError` if there's no file to read.
     """
     safetensors = (suffix or path.suffix) == ".safetensors"
+    glance(path, suffix)
     payload = _read_safetensors(path) if safetensors else _read_torch(path, verified)
     if not payload.tensors:
         raise refused("it holds no tensors: save model.state_dict()")
@@ -68,10 +71,33 @@ def read_payload(path: Path, *, suffix: str | None = None, verified: bool = Fals
     return payload
 
 
-def _read_safetensors(path: Path) -> Payload:
-    with path.open("rb") as opened:
-        if int.from_bytes(opened.read(8), "little") > MAX_HEADER_BYTES < path.stat().st_size:
+def glance(path: Path, suffix: str | None = None) -> None:
+    """A first look, which takes no time however large the file is: is it worth copying and reading?
+
+    Raises `BackbonedError` `DATA_LOSS` if it isn't, and `OSError` if there's no file to read.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_START))
+        size_bytes = os.fstat(file.fileno()).st_size
+    if not start:
+        raise IncompleteFile("the file is empty")
+    if size_bytes > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2):
+        raise refused(
+            f"it has {size_bytes >> 20} MiB, more than half of the memory here: {most >> 20} MiB are the most"
+        )
+    if (suffix or path.suffix) == ".safetensors":
+        header_bytes = int.from_bytes(start[:8], "little")
+        if header_bytes > size_bytes - 8:
+            raise IncompleteFile(f"not a whole safetensors file: its header has {header_bytes} bytes, it {size_bytes}")
+        if header_bytes > MAX_HEADER_BYTES:
             raise refused(f"its safetensors header has more than {MAX_HEADER_BYTES >> 20} MiB")
+    elif start.startswith(_ARCHIVE_START):
+        check_end(path)
+    elif start != _LEGACY_START:
+        raise IncompleteFile("not a checkpoint that can be read: save model.state_dict() by torch.save")
+
+
+def _read_safetensors(path: Path) -> Payload:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -92,7 +118,8 @@ def _told_in_json(text: str) -> dict[str, Any]:
 
 
 def _read_torch(path: Path, verified: bool) -> Payload:
-    archived = _is_archive(path)
+    with path.open("rb") as file:
+        archived = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START  # as torch writes since 1.6
     if archived:
         check_members(path)  # first: torch does whatever a file asks for
     else:
@@ -117,22 +144,11 @@ def _load(path: Path, archived: bool) -> Payload:
     return _unwrap(content)
 
 
-def _is_archive(path: Path) -> bool:
-    """Whether a file looks like an archive, as torch writes since 1.6."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
-        raise IncompleteFile("the file is empty")
-    return start == b"PK\x03\x04"
-
-
 def _check_legacy(path: Path) -> None:
     """Check the pickles of a file as torch wrote it until 1.5: nobody knows whether such a file is whole."""
     with path.open("rb") as file:
         start = file.read(MAX_PICKLE_BYTES)
     try:
-        if not start.startswith(_LEGACY_START):
-            raise refused("not a checkpoint that can be read: save model.state_dict() by torch.save")
         at = 0
         for _ in range(_LEGACY_PICKLES):
             at = check_pickle(start, at)

@@ -1,5 +1,6 @@
 """Which backbone a state_dict is of, told from its keys and shapes alone."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,7 +238,9 @@ def _strip(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
-    return sorted({k.partition(".")[0] + "." for k in state if "." in k})
+    """Those that a wrapper's attribute may be: the others aren't before half of the keys."""
+    counted = Counter(k.partition(".")[0] + "." for k in state if "." in k)
+    return sorted(prefix for prefix, count in counted.items() if 2 * count >= len(state))
 
 
 def _views(state: Mapping[str, Tensor]) -> Iterator[Sequence[str]]:

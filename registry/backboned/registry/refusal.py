@@ -1,5 +1,7 @@
 """Errors for files that can't be used, and their reasons in one line."""
 
+import re
+
 from backboned.registry.errors import BackbonedError, ErrorKind
 
 
@@ -17,5 +19,11 @@ def refused(message: str) -> BackbonedError:
 
 def one_line(error: BaseException) -> str:
     """What another library says of a file: its first line, without where in its own code that was."""
-    text = " ".join(str(error).partition("\n")[0].partition("Exception raised from")[0].split())
-    return (text[:200] or type(error).__name__).rstrip(".")
+    text = _ASIDE.sub("", str(error).partition("\n")[0])
+    return (" ".join(text.split())[:200] or type(error).__name__).rstrip(".")
+
+
+_ASIDE = re.compile(
+    r"Exception raised from.*|This is an internal miniz error.*|\(Could this error.*|\[enforce fail at [^]]*\] \."
+)
+"""What torch says to its own developers."""

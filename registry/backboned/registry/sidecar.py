@@ -1,6 +1,7 @@
 """What a person writes beside a dropped file: class names, and whatever its tensors can't tell."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from backboned.registry.backbone import Preprocessing
 from backboned.registry.errors import BackbonedError
+from backboned.registry.inside import read_inside
 from backboned.registry.refusal import refused
 from backboned.registry.task import Task
 
-MAX_SIDECAR_BYTES = 16 * 2**20
+MAX_SIDECAR_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,12 @@ def read_sidecar(checkpoint: Path) -> Sidecar:
     A text file has a class name a line. A JSON file has a list of names, or `{"classes": …, "backbone": …, "task": …,
     "preprocessing": …}` with any of these, or names with their indices in either direction.
     """
-    path = next((p for p in sidecar_paths(checkpoint) if p.is_file()), None)
+    path = next((p for p in sidecar_paths(checkpoint) if os.path.isfile(p)), None)  # noqa: PTH113 - a name may be too long
     if path is None:
         return Sidecar()
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
-            raise ValueError(f"larger than {MAX_SIDECAR_BYTES} bytes")
-        text = path.read_text(encoding="utf-8-sig")
+        content = read_inside(path, checkpoint.parent.parent, most_bytes=MAX_SIDECAR_BYTES)
+        text = content.decode("utf-8-sig")
         if path.suffix == ".txt":
             return Sidecar(classes=tuple(line.strip() for line in text.splitlines() if line.strip()))
         return _parse(json.loads(text))

@@ -1,5 +1,6 @@
 """What a classifier tells apart, and what that makes of its logits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 
@@ -8,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backboned.registry.errors import invalid
+
+MAX_CLASS_CHARACTERS = 1000
+"""They come back in every listing of checkpoints."""
 
 
 class Task(Enum):
@@ -79,8 +83,12 @@ def class_names(names: Sequence[str] | None, outputs: int, task: Task | None = N
     if len(names) != expected:
         raise invalid(f"{len(names)} class names for a head with {outputs} outputs: give {expected}, one a line")
     if len(set(names)) != len(names):
-        twice = sorted({n for n in names if list(names).count(n) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise invalid(f"class names must differ; twice: {', '.join(map(repr, twice[:5]))}")
     if bad := [n for n in names if not n.strip() or n != n.encode("utf-8", "replace").decode()]:
-        raise invalid(f"class names must be text, and not empty, got {bad[0]!r}")
+        raise invalid(f"class names must be text, and not empty, got {bad[0][:80]!r}")
+    if len(longest := max(names, key=len)) > MAX_CLASS_CHARACTERS:
+        raise invalid(
+            f"class names have at most {MAX_CLASS_CHARACTERS} characters, {longest[:40]!r}… has {len(longest)}"
+        )
     return task, tuple(names)

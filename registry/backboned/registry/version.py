@@ -19,13 +19,15 @@ from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomica
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import DigestingFile, file_digest
 from backboned.registry.directory import CheckpointDirectory, Drop
+from backboned.registry.inside import open_inside
 from backboned.registry.lock import locked
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
-from backboned.registry.payload import read_payload
+from backboned.registry.payload import glance, read_payload
 from backboned.registry.recognise import Recognised, Recogniser
 from backboned.registry.refusal import refused
 from backboned.registry.sealed import sealed
 from backboned.registry.signatures import Signer, Trust, read_signature, unsigned, write_signature
+from backboned.registry.task import class_names
 from backboned.registry.told import (
     answers_of,
     check_manifest,
@@ -137,20 +139,27 @@ class VersionReader:
         record = manifest.best if epoch is None else next(e for e in manifest.epochs if e.epoch == epoch)
         path = self._directory.version(manifest.model, manifest.version) / record.file
         try:
+            open_inside(path, self._directory.root).close()
             with self._held(path) as held:
                 if held.stat().st_size != record.size_bytes or file_digest(held) != record.sha256:
                     raise refused(f"{record.file} is truncated or altered: it doesn't match the sha256 in the manifest")
                 if self._trust is not None:
                     self._trust.check(record.file, record.sha256, read_signature(path))
                 payload = read_payload(held, suffix=path.suffix, verified=True)
+        except ValueError as error:
+            raise refused(f"{record.file} can't be read: {error}") from error
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise refused(f"{record.file} can't be read: {error.strerror}") from error
         inside = None if self._trust is None else told_by_file(payload)
         found = self._recogniser.recognise(payload, manifest.backbone if inside is None else inside.backbone)
         if found.outputs != manifest.task.outputs(len(manifest.classes)):
             raise refused(f"{record.file} has {found.outputs} outputs for {len(manifest.classes)} classes")
+        class_names(manifest.classes, found.outputs, manifest.task)
         best = record.epoch == manifest.best_epoch
-        stages = self._assemble(found, {**(manifest.stages if best else {}), **foundations(payload)})
+        expected = {**(manifest.stages if best else {}), **foundations(payload)}
+        if unknown := set(found.missing) - expected.keys():
+            raise refused(f"it isn't told by what digest it stands on stage {min(unknown)!r}")
+        stages = self._assemble(found, expected)
         if inside is not None:
             digests = {name: weights.digest for name, weights in stages.items()} if best else manifest.stages
             check_manifest(manifest, inside, found, digests)
@@ -168,6 +177,7 @@ class VersionReader:
         signature = read_signature(drop.path)
         if self._trust is not None and signature is None:
             raise unsigned("it")
+        glance(drop.path)
         copy = drop.path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{drop.path.suffix}"
         try:
             with locked(copy):

@@ -59,7 +59,7 @@ class Library:
         """
         self.refused = dict(seen.refused)
         for key in self.signatures.keys() - seen.versions.keys():
-            if key[0] in seen.unreadable:
+            if key[0] in seen.unreadable or self.directory.version(*key) in seen.unseen:
                 continue
             del self.signatures[key]
             for known in (self.manifests, self.quarantine, self._footprints):
@@ -137,9 +137,12 @@ class Library:
             told.setdefault(key[0], []).append((key, manifest, of_version))
         self._models = {name: self._model(name, what) for name, what in sorted(told.items())}
         refused = [*self._refused_versions(), *self._refused_drops()]
-        refused += [RefusedFile(_text(p.parent.name), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
+        refused += [RefusedFile(self._model_of(p), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
         served = {name: model for name, (_, model) in self._models.items()}
         return Snapshot(MappingProxyType(served), tuple(refused))
+
+    def _model_of(self, path: Path) -> str:
+        return _text(path.name if path.parent == self.directory.root else path.parent.name)
 
     def _model(self, name: str, told: list[_Told]) -> tuple[object, KnownModel]:
         """A model with what is told of it; the same object as before if that is the same."""

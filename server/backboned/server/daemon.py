@@ -100,6 +100,7 @@ class Daemon:
         for name in config.weights:
             catalogue.get(name)  # a misspelt name must not wait for the first FineTune
         Signer.of(config.signing_key)  # and neither may a key that can't be used
+        trust = Trust.of(config.trusted_key)
         directory = CheckpointDirectory(config.checkpoint_dir.absolute())
         weights = WeightStore(catalogue, config.weights)
         self._stages = StageStore(device)
@@ -135,7 +136,7 @@ class Daemon:
                 config.watch,
                 Limits(config.settle_seconds, config.max_loaded_versions, memory_bytes),
             ),
-            trust=Trust.of(config.trusted_key),
+            trust=trust,
             on_loaded=self._compiler.consider,
         )
         admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)

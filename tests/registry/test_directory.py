@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -241,3 +243,50 @@ def test_a_tombstone_that_says_nothing_is_of_no_file(directory: CheckpointDirect
     for content in ("", "[]", "{}", '{"adopted_from": "../../etc/passwd", "adopted_key": 1}'):
         (flowers / "1" / "deleted.json").write_text(content)
         assert directory.tombstone("flowers", 1) in {Tombstone(), Tombstone("passwd", "1")}
+
+
+@pytest.mark.parametrize("kind", ["deep", "pipe", "endless"])
+def test_a_tombstone_beyond_all_measure_is_of_no_file(directory: CheckpointDirectory, flowers: Path, kind: str) -> None:
+    (flowers / "1").mkdir()
+    tombstone = flowers / "1" / "deleted.json"
+    if kind == "deep":
+        tombstone.write_text("[" * 100_000)
+    elif kind == "pipe":
+        os.mkfifo(tombstone)
+    else:
+        tombstone.symlink_to("/dev/zero")
+    assert directory.scan().deleted == {("flowers", 1)}
+    assert directory.tombstone("flowers", 1) == Tombstone()
+
+
+def test_a_version_whose_manifest_is_a_link_to_nothing_is_refused(
+    directory: CheckpointDirectory, flowers: Path
+) -> None:
+    (flowers / "1").mkdir()
+    (flowers / "1" / "manifest.json").symlink_to("nowhere")
+    assert found(directory.scan()) == ([], [], {"1": "its manifest.json is a link to nothing"})
+
+
+@pytest.fixture
+def stranger() -> Iterator[Path]:
+    """A folder that belongs to somebody without rights, as whom the test runs."""
+    folder, me = Path(mkdtemp()), os.geteuid()
+    if me == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(me)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_entered_hides_nothing_else(stranger: Path) -> None:
+    write_version(stranger / "closed" / "1")
+    write_version(stranger / "flowers" / "1")
+    write_version(stranger / "flowers" / "2")
+    (stranger / "closed").chmod(0)
+    (stranger / "flowers" / "1").chmod(0)
+    seen = CheckpointDirectory(stranger).scan()
+    (stranger / "closed").chmod(0o700)
+    (stranger / "flowers" / "1").chmod(0o700)
+    why = "it can't be looked at: Permission denied"
+    assert found(seen) == ([("flowers", 2)], [], {"1": why, "closed": why})

@@ -117,6 +117,8 @@ def change(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("epochs", 0, "metrics", to={"loss": 1}), "loss"),
         (change("epochs", 0, "metrics", "val_loss", to="low"), "low"),
         (change("classes", 0, to="\ud800"), "surrogates not allowed"),
+        (change("classes", to="abc"), "expected a list of names, got abc"),
+        (change("classes", 0, to=3), "expected a list of names, got [3"),
         (change("preprocessing", "crop_size", to=0), "sizes must be 1…2048"),
         (change("stages", to=["stem"]), "AttributeError"),
         (lambda content: content.pop("trained"), "trained"),

@@ -126,6 +126,27 @@ def test_what_is_beside_and_makes_no_sense_counts_for_nothing(
     assert (found.epoch, found.loss, found.backbone, found.metadata) == (epoch, loss, None, {})
 
 
+@pytest.mark.parametrize("loss", [2**1500, -(2**1500), torch.tensor(1j), torch.zeros(2)])
+def test_a_loss_that_is_no_number_of_ours_counts_for_nothing(read: Read, loss: object) -> None:
+    assert read(saved({"state_dict": STATE, "loss": loss})).loss is None
+
+
+def test_tensors_that_share_their_bytes_by_the_thousand_are_refused(read: Read, refusal: Refusal) -> None:
+    shared = torch.ones(10_000)
+    assert same(read(saved({"a": shared, "b": shared})), {"a": shared, "b": shared})
+    assert "larger together than the file" in refusal(saved({f"k{i}": shared for i in range(1000)})).message
+
+
+def test_a_key_beyond_all_measure_is_refused(refusal: Refusal) -> None:
+    message = refusal(saved({"a." * 100_000: torch.ones(1)})).message
+    assert message == "its state_dict has a key that is no text of 1 to 500 characters"
+
+
+def test_a_safetensors_header_beyond_all_measure_is_refused(refusal: Refusal) -> None:
+    size = 2**24 + 1
+    assert "header has more than 16 MiB" in refusal(size.to_bytes(8, "little") + bytes(size), ".safetensors").message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

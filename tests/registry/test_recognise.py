@@ -263,6 +263,11 @@ def test_what_fits_nothing_is_refused_with_a_few_of_its_keys(recogniser: Recogni
     assert "fit no backbone that is known here (0 are)" in refusal(Recogniser(Catalogue()), {"a.b": torch.zeros(1)})
 
 
+def test_thousands_of_keys_that_have_nothing_in_common_are_soon_refused(recogniser: Recogniser) -> None:
+    state = {f"k{i}.weight": torch.zeros(1) for i in range(30_000)}
+    assert "fit no backbone that is known here" in refusal(recogniser, state)
+
+
 def test_counters_of_batches_make_no_difference(recogniser: Recogniser, state: State) -> None:
     without_counters = {k: t for k, t in state.items() if not k.endswith("num_batches_tracked")}
     assert len(without_counters) < len(state)

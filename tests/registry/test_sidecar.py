@@ -95,6 +95,14 @@ def test_a_file_beyond_all_measure_is_not_read(tmp_path: Path) -> None:
         read_sidecar(tmp_path / "model.pt")
 
 
+def test_a_file_from_outside_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "flowers").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("ant\nbee\n")
+    (tmp_path / "checkpoints" / "flowers" / "classes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(BackbonedError, match="leads out of the checkpoint directory"):
+        read_sidecar(tmp_path / "checkpoints" / "flowers" / "model.pt")
+
+
 @given(st.lists(st.text(), unique=True))
 @settings(deadline=None)
 def test_names_mean_the_same_in_every_form(names: list[str]) -> None:

@@ -75,6 +75,8 @@ def test_a_head_gets_the_task_and_the_names_that_fit_it(
         (["ant", "bee", "ant"], 3, None, "class names must differ; twice: 'ant'"),
         (["ant", "  "], 2, None, "must be text, and not empty, got '  '"),
         (["ant", "\ud800"], 2, None, "must be text"),
+        (["ant", "b" * 1001], 2, None, "have at most 1000 characters, 'bbbb"),
+        (["ant"] * 300_000, 300_000, None, "class names must differ; twice: 'ant'"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(names: list[str], outputs: int, task: Task, message: str) -> None:

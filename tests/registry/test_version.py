@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from backboned.registry import BackbonedError, Catalogue, ErrorKind, Preprocessing
 from backboned.registry.adoption import Before
+from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.recognise import Recogniser
@@ -195,6 +197,45 @@ def test_a_head_is_not_served_on_other_weights_than_it_was_trained_on(
     assert error.kind is ErrorKind.FAILED_PRECONDITION
 
 
+def test_a_version_whose_classes_are_the_same_twice_is_refused(shelf: Shelf, make_digits: MakeDigits) -> None:
+    manifest = replace(shelf.write_epoch(head_of(make_digits(3))), classes=("ant", "bee", "ant"))
+    assert "class names must differ" in shelf.refusal(manifest).message
+
+
+def test_a_version_that_tells_no_digest_of_what_it_stands_on_is_refused(shelf: Shelf, make_digits: MakeDigits) -> None:
+    manifest = replace(shelf.write_epoch(head_of(make_digits(3))), stages={})
+    assert "by what digest it stands on stage 'layer1'" in shelf.refusal(manifest).message
+
+
+@pytest.mark.parametrize("kind", ["outside", "pipe", "folder"])
+def test_a_version_whose_file_is_none_or_lies_elsewhere_is_refused(
+    shelf: Shelf, make_digits: MakeDigits, kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    manifest = shelf.write_epoch(head_of(make_digits(3)))
+    file = shelf.folder / "1" / manifest.best.file
+    outside = file.replace(tmp_path_factory.mktemp("outside") / "file.pt")
+    if kind == "outside":
+        file.symlink_to(outside)
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    told = "it is a link that leads out of the checkpoint directory" if kind == "outside" else "it is not a file"
+    assert shelf.refusal(manifest).message == f"{file.name} can't be read: {told}"
+
+
+def test_content_that_a_manifest_is_right_about_is_checked_all_the_same(shelf: Shelf, make_digits: MakeDigits) -> None:
+    manifest = shelf.write_epoch(head_of(make_digits(3)))
+    file = shelf.folder / "1" / manifest.best.file
+    with zipfile.ZipFile(file) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    record = replace(manifest.best, sha256=file_digest(file), size_bytes=file.stat().st_size)
+    assert "compressed" in shelf.refusal(replace(manifest, epochs=(record,))).message
+
+
 def test_outputs_that_do_not_fit_the_classes_are_refused(shelf: Shelf, make_digits: MakeDigits) -> None:
     manifest = shelf.write_epoch(head_of(make_digits(5)))
     assert shelf.refusal(manifest).message == "epoch-0001.pt has 5 outputs for 3 classes"
@@ -240,6 +281,21 @@ def test_a_dropped_file_becomes_the_next_version(
     again = shelf.reader.read(manifest)
     assert is_of(again, network)
     assert again.shared == ("stem", "layer1", "layer2", "layer3") or save is not save_head
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(shelf: Shelf, make_digits: MakeDigits) -> None:
+    name = "x" * 252 + ".pt"
+    save_head(make_digits(3), shelf.folder / name)
+    version = shelf.adopt(name)
+    assert version is not None and is_of(version, make_digits(3))
+
+
+def test_a_file_larger_than_the_memory_is_refused_before_it_is_copied(shelf: Shelf) -> None:
+    for start in (b"PK\x03\x04", b"", b"\x80\x02"):
+        (shelf.folder / "mine.pt").write_bytes(start)
+        os.truncate(shelf.folder / "mine.pt", 2**42)  # of holes
+        assert "more than half of the memory here" in shelf.refusal().message
+    assert shelf.names() == ["mine.pt"]
 
 
 def test_it_is_kept_apart_from_what_was_dropped(shelf: Shelf, make_digits: MakeDigits) -> None:

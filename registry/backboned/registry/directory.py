@@ -215,6 +215,7 @@ class CheckpointDirectory:
                 continue  # a model that was removed meanwhile
             except OSError as error:  # one model that can't be looked at hides no other
                 seen.unreadable[folder.name] = str(error)
+                seen.refused[folder] = _unseen(error)
         return seen
 
     def _look(self, seen: Seen, path: Path, real_root: str) -> None:

@@ -56,7 +56,12 @@ def test_what_is_no_text_is_escaped() -> None:
     assert invalid("the file \udcff.pt").message == "the file \\udcff.pt"
 
 
+def test_a_message_is_one_line() -> None:
+    assert invalid("got tensor([1,\r\n2])\n").message == "got tensor([1, 2])"
+
+
 @given(st.text(st.characters(exclude_categories=()), max_size=3000))
 @settings(deadline=None, max_examples=50)
 def test_any_message_can_be_sent(text: str) -> None:
-    assert len(invalid(text).message.encode("utf-8")) <= MAX_MESSAGE_BYTES
+    message = invalid(text).message
+    assert len(message.encode("utf-8")) <= MAX_MESSAGE_BYTES and len(message.splitlines()) <= 1

@@ -34,8 +34,8 @@ MAX_MESSAGE_BYTES = 1000
 class BackbonedError(Exception):
     """An error with a kind, and a message that says what was wrong and what to do.
 
-    The message may quote what came from outside: of one that is too long the end is left out, and what is no text
-    is escaped.
+    The message may quote what came from outside: of one that is too long the end is left out, what is no text is
+    escaped, and lines are joined.
 
     `field` names the request field that is at fault (`images[2]`, `options.learning_rate`);
     `retry_delay_seconds` says when the same call may succeed.
@@ -83,7 +83,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _presentable(message: str) -> str:
-    encoded = message.encode("utf-8", "backslashreplace")
+    encoded = " ".join(message.splitlines()).encode("utf-8", "backslashreplace")
     if len(encoded) > MAX_MESSAGE_BYTES:
         encoded = encoded[: MAX_MESSAGE_BYTES - 3] + "…".encode()
     return encoded.decode("utf-8", "ignore")

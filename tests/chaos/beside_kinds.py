@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import socket
 from collections import OrderedDict
 from io import BytesIO
 from random import Random
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.chaos.good import CLASSES, head, saved
-from tests.chaos.mutation import Expected, Site
+from tests.chaos.mutation import Expected, Site, make_socket
 from tests.chaos.pickle_kinds import PROTO, archive, storage, tensor, text
 
 NONSENSE: tuple[Any, ...] = (
@@ -153,8 +152,7 @@ def sidecar_that_is_no_file(random: Random, site: Site) -> Expected:
         case "fifo":
             os.mkfifo(path)
         case "socket":
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(os.path.relpath(path))
+            make_socket(path)
         case "folder":
             path.mkdir()
         case "zero":

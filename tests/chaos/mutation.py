@@ -1,6 +1,8 @@
 """What a mutation is: a kind and a seed, from which the same files come each time."""
 
 import json
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,6 +66,16 @@ class Site:
 
 Kind = Callable[[Random, Site], Expected]
 """Plants a mutation; its name tells what is done."""
+
+
+def make_socket(path: Path) -> None:
+    """A socket at `path`, which may be longer than the address of one."""
+    folder = os.open(path.parent, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
 
 
 def flipped(content: bytes, offset: int, bit: int) -> bytes:

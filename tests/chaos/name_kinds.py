@@ -1,12 +1,11 @@
 """Names and links that lead elsewhere, or that nobody would write."""
 
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from tests.chaos.mutation import Expected, Site
+from tests.chaos.mutation import Expected, Site, make_socket
 
 ODD = (
     "new\nline",
@@ -97,8 +96,7 @@ def no_file(random: Random, site: Site) -> Expected:
         case "fifo":
             os.mkfifo(path)
         case "socket":
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(os.path.relpath(path))
+            make_socket(path)
         case "folder":
             (path / "inside").mkdir(parents=True)
         case "device":

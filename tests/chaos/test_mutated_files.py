@@ -21,10 +21,10 @@ from tests.chaos.verdict import fault
 
 _logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
-CHAOS = os.environ.get("BACKBONED_CHAOS", "300")
+CHAOS = os.environ.get("BACKBONED_CHAOS", "250")
 COUNT = int(CHAOS) if CHAOS.isdecimal() else 1
 SECONDS = 120.0 + 0.5 * COUNT
-MORE_BYTES = 256 * 2**20
+MORE_BYTES = 384 * 2**20
 """So much more memory than loading the good files may mutated ones take: the largest good one has 330 kB."""
 
 

@@ -35,6 +35,7 @@ from backboned.server.troubles import TroubleKind, Troubles
 from tests.chaos import (
     beside_kinds,
     bytes_kinds,
+    extreme_kinds,
     name_kinds,
     pickle_kinds,
     safetensors_kinds,
@@ -47,9 +48,10 @@ from tests.chaos.mutation import Expected, Good, Kind, Site
 
 ROOMS = (
     bytes_kinds, zip_kinds, pickle_kinds, tensor_kinds, beside_kinds, safetensors_kinds, version_kinds, name_kinds,
+    extreme_kinds,
 )  # fmt: skip
 BATCH = 250
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 MOST_BYTES = 16 * 2**30
 """Of address space: what has no bound ends here, and not with the machine's memory."""
 FORBIDDEN = (

@@ -142,6 +142,12 @@ def test_a_key_beyond_all_measure_is_refused(refusal: Refusal) -> None:
     assert message == "its state_dict has a key that is no text of 1 to 500 characters"
 
 
+def test_tensors_by_the_ten_thousand_are_refused(refusal: Refusal) -> None:
+    state = {f"k{i}": torch.zeros(0) for i in range(20_001)}
+    for message in (refusal(saved(state)).message, refusal(save_safetensors(state), ".safetensors").message):
+        assert message.startswith("it holds 20001 tensors")
+
+
 def test_a_safetensors_header_beyond_all_measure_is_refused(refusal: Refusal) -> None:
     size = 2**24 + 1
     assert "header has more than 16 MiB" in refusal(size.to_bytes(8, "little") + bytes(size), ".safetensors").message

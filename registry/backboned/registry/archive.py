@@ -13,8 +13,8 @@ from pathlib import Path
 from backboned.registry.pickled import MAX_PICKLE_BYTES, check_pickle
 from backboned.registry.refusal import IncompleteFile, one_line, refused
 
-MAX_CONTENTS_BYTES = 16 * 2**20
-"""Of an archive's table of contents: some 150,000 tensors."""
+MAX_CONTENTS_BYTES = 8 * 2**20
+"""Of an archive's table of contents: some 70,000 tensors."""
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")

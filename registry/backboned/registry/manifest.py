@@ -14,7 +14,7 @@ from backboned.registry.inside import read_inside
 from backboned.registry.task import Task
 
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_EPOCH = 2**31 - 1
 MAX_SIZE_BYTES = 2**63 - 1
 MAX_CREATE_TIME = 253_402_300_799
@@ -116,7 +116,8 @@ class Manifest:
         try:
             content = read_inside(path, folder.parent.parent, most_bytes=MAX_MANIFEST_BYTES)
             values = json.loads(content.decode("utf-8"))
-            json.dumps(values, ensure_ascii=False).encode("utf-8")  # `\ud800` is JSON, but no text
+            if b"\\u" in content:
+                json.dumps(values, ensure_ascii=False).encode("utf-8")  # `\ud800` is JSON, but no text
             return cls._parse(values, folder)
         except Exception as error:  # it may come from anywhere, and anything may be wrong with it
             reason = f"{type(error).__name__}: {error}"

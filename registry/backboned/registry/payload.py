@@ -25,6 +25,7 @@ from backboned.registry.plain import check_dense, check_finite, plain
 from backboned.registry.refusal import IncompleteFile, one_line, refused
 
 MAX_KEY_CHARACTERS = 500
+MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 * 2**20
 """Of a safetensors file."""
 MAX_SHARING = 8
@@ -101,6 +102,7 @@ def _read_safetensors(path: Path) -> Payload:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            _check_count(len(file.keys()))
             # Cloned: safetensors maps the file, and a mapped file that someone truncates would end the process.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it has no __iter__
     except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError) as error:
@@ -203,8 +205,14 @@ def _loss(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) < _MAX_LOSS else None
 
 
+def _check_count(count: int) -> None:
+    if count > MAX_TENSORS:
+        raise refused(f"it holds {count} tensors, and no network that is known here has more than {MAX_TENSORS}")
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
     """Check tensors from a file of so many bytes, one by one and together."""
+    _check_count(len(tensors))
     for key, tensor in tensors.items():
         check_dense(_key(key), tensor)
     if sum(t.nbytes for t in tensors.values()) > MAX_SHARING * size_bytes:

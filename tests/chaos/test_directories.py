@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from backboned.registry import Catalogue
 from backboned.registry.weights import seeded_state
 from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
+from tests.chaos.served import drop as drop_into
+from tests.chaos.served import wait_for
 
-PATIENCE_SECONDS = 60.0
 MODELS = 6
 
 
@@ -48,22 +48,12 @@ class Pair:
         return all((r.version, r.predictions[0].classes[0].label) == (version, f"class_{version}") for r in replies)
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def drop(folder: Path, version: int) -> None:
     """Drop what is to be the version, at one stroke."""
-    digits = Catalogue.from_entry_points().get("digits")
-    state = seeded_state(digits, seed=0)
-    state["fc.weight"], state["fc.bias"] = torch.zeros(9, digits.feature_size), torch.zeros(9)
-    state["fc.bias"][version] = 9.0
+    aside = folder.parent / "..aside"
+    made = drop_into(aside, version)
     folder.mkdir(exist_ok=True)
-    torch.save({"backbone": "digits", "model_state_dict": state}, folder / f".{version}.pt")
-    (folder / f".{version}.pt").rename(folder / f"{version}.pt")
+    made.rename(folder / made.name)
 
 
 def lead(link: Path, target: Path) -> None:

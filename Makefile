@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## fine-tune, hot-load and predict on handwritten digits, off
 test: $(INSTALLED) ## run the tests, two files at a time (TESTS="tests/registry -k digest" runs some)
 	@$(BIN)/python -m pytest $(or $(TESTS),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
-chaos: $(INSTALLED) ## see what 10,000 mutated checkpoint files do: a quarter of an hour (CHAOS=1000 takes fewer)
+chaos: $(INSTALLED) ## mutate 10,000 checkpoint files, kill a daemon 100 times, fail its disks (CHAOS=1000: a tenth)
 	@BACKBONED_CHAOS=$(or $(CHAOS),10000) $(BIN)/python -m pytest tests/chaos --log-level=WARNING --log-cli-level=WARNING
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH=benchmarks/NAME.py runs one)

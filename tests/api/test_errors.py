@@ -1,18 +1,25 @@
 """What a handler raises reaches the caller as a status with details, over a real server; a surprise tells nothing."""
 
 import asyncio
+import errno
 import logging
+import os
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from sqlalchemy.exc import OperationalError
 
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.server.api.errors import ErrorInterceptor
+from backboned.server.database import hasty_transaction, open_database
 
 TIMEOUT_SECONDS = 30.0
 
@@ -193,3 +200,38 @@ async def test_a_caller_who_leaves_is_no_error(
     await asyncio.wait_for(service.left.wait(), TIMEOUT_SECONDS)
     assert await one_one(channel) == [b"x"]
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errno.EROFS, grpc.StatusCode.FAILED_PRECONDITION),
+        (errno.EACCES, grpc.StatusCode.FAILED_PRECONDITION),
+    ],
+)
+async def test_a_disk_that_cannot_be_written_is_no_defect(
+    channel: Any, service: Service, number: int, code: grpc.StatusCode
+) -> None:
+    service.error = OSError(number, os.strerror(number), "/a/path/of/the/daemon")
+    error, _ = await failure(channel)
+    assert error.code() is code
+    assert error.details() == f"the daemon's disk can't be written: {os.strerror(number)}"
+
+
+@EACH_KIND_OF_RPC
+async def test_a_database_that_is_locked_is_worth_another_try(
+    channel: Any, service: Service, ask: Ask, tmp_path: Path
+) -> None:
+    database = open_database(tmp_path / "db.sqlite")
+    with closing(sqlite3.connect(tmp_path / "db.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        try:
+            with hasty_transaction(database, 0):
+                pytest.fail("it was not locked")
+        except OperationalError as locked:
+            service.error = locked
+    database.dispose()
+    error, details = await failure(channel, ask)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE and "the database is locked" in str(error.details())
+    assert details["RetryInfo"].retry_delay.seconds == 1

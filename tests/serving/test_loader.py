@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import shutil
 import threading
 import time
@@ -390,3 +391,50 @@ def test_a_file_that_the_full_disk_keeps_out_is_adopted_once_there_is_room(
     full[0] = False
     room.wait(lambda: room.versions("m") == {1: State.SERVING})
     assert not room.loader.snapshot.refused
+
+
+def test_an_empty_folder_in_place_of_the_directory_takes_nothing_away(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    room.root.rename(room.root.parent / "away")
+    room.root.mkdir()
+    room.wait(lambda: "is its disk mounted?" in room.told(TroubleKind.CHECKPOINT_DIRECTORY))
+    assert room.predict("m").version == 1
+    room.drop("other", seed=2)  # whoever puts something into it means it
+    room.wait(lambda: room.versions("other") == {1: State.SERVING})
+    assert not room.versions("m") and not room.troubles.now()
+
+
+def test_all_models_may_be_removed_as_long_as_the_directory_stays(room: Room) -> None:
+    room.drop("m", seed=1)
+    room.wait(lambda: room.versions("m") == {1: State.SERVING})
+    shutil.rmtree(room.root / "m")
+    room.wait(lambda: not room.versions("m"))
+    assert not room.troubles.now()
+
+
+def test_content_of_the_same_size_and_time_is_told_from_what_was_there_also_after_a_start(
+    start_loader: StartLoader, tmp_path: Path
+) -> None:
+    file = tmp_path / "m" / "model.pt"
+    file.parent.mkdir()
+
+    def put(seed: int) -> None:  # as from an image that was built to be the same each time
+        torch.save(state(seed, 3), file)
+        os.utime(file, (0, 0))
+
+    def versions(loader: Loader) -> list[int]:
+        found = loader.snapshot.models.get("m")
+        return sorted(found.versions) if found else []
+
+    put(1)
+    size_bytes = file.stat().st_size
+    first = start_loader(catalogue())
+    wait_for(first, lambda: versions(first) == [1])
+    put(2)
+    wait_for(first, lambda: versions(first) == [1, 2])
+    first.stop()
+    put(3)
+    assert file.stat().st_size == size_bytes
+    again = start_loader(catalogue())
+    wait_for(again, lambda: versions(again) == [1, 2, 3])

@@ -34,7 +34,8 @@ from backboned.v1.model_service_pb2_grpc import ModelServiceStub
 from tests.chaos.served import wait_for
 
 _logger = logging.getLogger(__name__)
-KILLS = 100 if "BACKBONED_CHAOS" in os.environ else 3
+_CHAOS = os.environ.get("BACKBONED_CHAOS", "")
+KILLS = max(3, int(_CHAOS) // 100 if _CHAOS.isdigit() else 0)
 SEED = 7
 EARLY_SHARE = 0.2
 """So many of the kills come while the daemon starts."""

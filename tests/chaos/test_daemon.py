@@ -1,5 +1,6 @@
 """A daemon under steady calls, into whose directory the worst files come in a burst: it answers as before."""
 
+import logging
 import os
 import threading
 import time
@@ -16,10 +17,14 @@ from tests.chaos.mutation import Expected
 from tests.chaos.trial import kinds, plant
 from tests.chaos.verdict import fault
 
+_logger = logging.getLogger(__name__)
 SEEDS = 5 if "BACKBONED_CHAOS" in os.environ else 1
 PATIENCE_SECONDS = 60.0 + 30.0 * SEEDS
-MORE_BYTES = 384 * 2**20
-"""So much more memory than before may the daemon have taken: beside mutated files it loads the good one again."""
+MORE_BYTES = 640 * 2**20
+"""So much more memory than before may the daemon take at most, whose allocator keeps what is freed.
+
+The largest single file takes 300 MB; the peak of dropping such files one after another stays there.
+"""
 
 
 class Caller:
@@ -92,10 +97,10 @@ def test_a_burst_of_the_worst_files_changes_no_answer(
             time.sleep(0.05)
 
     wait_for(lambda: any(m.name == "steady" and m.serving_version for m in client.list_models()))
-    before = peak_bytes(daemon.pid)
     bad: dict[str, str] = {}
     with Caller(client, photo) as caller:
-        wait_for(lambda: caller.calls >= 3)
+        wait_for(lambda: caller.calls >= 10)
+        before = peak_bytes(daemon.pid)
         for number, (name, seed) in enumerate((n, s) for s in range(SEEDS) for n in kinds()):
             _, expected, made = plant(name, seed, staging, number, files)
             if expected is Expected.REFUSED:
@@ -112,7 +117,9 @@ def test_a_burst_of_the_worst_files_changes_no_answer(
     faults = {bad[uri]: why for uri, told in reasons().items() if (why := fault(Expected.REFUSED, False, True, told))}
     assert not faults
     assert not (tmp_path / "staging" / "mark").exists(), "something ran"
-    assert peak_bytes(daemon.pid) - before < MORE_BYTES
+    grown = peak_bytes(daemon.pid) - before
+    assert grown < MORE_BYTES
+    _logger.warning("%d bad files, %d calls, %d MB more at most", len(bad), caller.calls, grown >> 20)
     with urllib.request.urlopen(f"{daemon.http}/metrics", timeout=10) as page:  # noqa: S310 - http, on loopback
         counted = metric(page.read().decode(), 'backboned_checkpoint_loads_total{result="quarantined"}')
     assert counted >= sum("/steady/" in uri for uri in bad)

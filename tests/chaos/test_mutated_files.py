@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 CHAOS = os.environ.get("BACKBONED_CHAOS", "250")
 COUNT = int(CHAOS) if CHAOS.isdecimal() else 1
 SECONDS = 120.0 + 0.5 * COUNT
-MORE_BYTES = 384 * 2**20
-"""So much more memory than loading the good files may mutated ones take: the largest good one has 330 kB."""
+MORE_BYTES = 512 * 2**20
+"""So much more memory than loading the good files may mutated ones take: one file alone makes 300 MB at most."""
 
 
 @pytest.mark.timeout(SECONDS + 60)
@@ -38,15 +38,15 @@ def test_a_mutated_file_is_refused_with_a_reason_or_serves_what_it_always_did(tm
 
     *outcomes, told = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(outcomes) == (len(only) or COUNT)
-    faults = {f"{o['kind']}:{o['seed']}": why for o in outcomes if (why := judged(o))}
-    assert not faults, "\n".join(f"{mutation} {why}" for mutation, why in faults.items())
-    assert not told["mark"] and not told["heard"], f"something ran: {told['heard']}"
     grown = told["peak_bytes"] - told["baseline_bytes"]
-    assert grown < MORE_BYTES
     _logger.warning("%d mutated files, %d MB beyond good ones at most", len(outcomes), grown >> 20)
     for kind, count in sorted(Counter(o["kind"] for o in outcomes).items()):
         served = sum(o["served"] for o in outcomes if o["kind"] == kind)
         _logger.warning("%-40s %5d, %5d of them serve what the original would", kind, count, served)
+    faults = {f"{o['kind']}:{o['seed']}": why for o in outcomes if (why := judged(o))}
+    assert not faults, "\n".join(f"{mutation} {why}" for mutation, why in faults.items())
+    assert not told["mark"] and not told["heard"], f"something ran: {told['heard']}"
+    assert grown < MORE_BYTES
 
 
 def judged(outcome: dict[str, Any]) -> str:

@@ -263,6 +263,11 @@ def test_what_fits_nothing_is_refused_with_a_few_of_its_keys(recogniser: Recogni
     assert "fit no backbone that is known here (0 are)" in refusal(Recogniser(Catalogue()), {"a.b": torch.zeros(1)})
 
 
+def test_an_empty_name_is_none_that_is_known(recogniser: Recogniser, state: State) -> None:
+    with pytest.raises(BackbonedError, match="unknown backbone ''"):
+        recogniser.recognise(Payload(state, backbone="digits"), "")
+
+
 def test_thousands_of_keys_that_have_nothing_in_common_are_soon_refused(recogniser: Recogniser) -> None:
     state = {f"k{i}.weight": torch.zeros(1) for i in range(30_000)}
     assert "fit no backbone that is known here" in refusal(recogniser, state)

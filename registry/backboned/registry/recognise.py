@@ -53,7 +53,7 @@ class Recogniser:
         Raises `BackbonedError` `DATA_LOSS` saying what doesn't fit; `NOT_FOUND` for an unknown backbone's name.
         """
         state = _strip(payload.tensors)
-        name = backbone or payload.backbone
+        name = payload.backbone if backbone is None else backbone
         if name is not None:
             return self.blueprint(self._catalogue.get(name)).read(state, partial=True)
         fits: list[Recognised] = []

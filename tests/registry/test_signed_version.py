@@ -235,7 +235,7 @@ def test_a_drop_whose_signature_came_before_all_of_it_is_waited_for(vault: Vault
     path = vault.drop({"state_dict": network.state_dict()})
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IncompleteFile, match="it is truncated or altered"):
+    with pytest.raises(IncompleteFile, match="truncated or altered"):
         vault.adopt()
     path.write_bytes(whole)
     signature = signature_path(path).read_bytes()
@@ -303,10 +303,11 @@ def test_a_deleted_version_leaves_no_signature(vault: Vault, network: nn.Module)
     assert list((vault.folder / "1").glob("*.sig")) == []
 
 
-def test_the_key_of_an_unsigned_drop_is_as_it_was_before_files_were_signed(vault: Vault, network: nn.Module) -> None:
+def test_the_key_of_an_unsigned_drop_tells_of_no_signature(vault: Vault, network: nn.Module) -> None:
     path = vault.drop({"state_dict": network.state_dict()}, signed=False)
     drop = vault.directory.scan().drops[path]
-    assert drop.key.split() == [f"{drop.signature.size_bytes}@{drop.signature.mtime_ns}", *"-----"]
+    own = drop.signature
+    assert drop.key.split() == [f"{own.size_bytes}@{own.mtime_ns}@{own.ctime_ns}", *"-----"]
 
 
 def test_what_is_changed_between_the_check_and_the_reading_is_not_read(

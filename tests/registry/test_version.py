@@ -203,7 +203,10 @@ def test_a_version_whose_classes_are_the_same_twice_is_refused(shelf: Shelf, mak
 
 
 def test_a_version_that_tells_no_digest_of_what_it_stands_on_is_refused(shelf: Shelf, make_digits: MakeDigits) -> None:
-    manifest = replace(shelf.write_epoch(head_of(make_digits(3))), stages={})
+    torch.save({"backbone": "digits", "state_dict": head_of(make_digits(3))}, shelf.folder / "mine.pt")
+    adopted = shelf.adopt()
+    assert adopted is not None
+    manifest = replace(adopted.manifest, stages={})
     assert "by what digest it stands on stage 'layer1'" in shelf.refusal(manifest).message
 
 

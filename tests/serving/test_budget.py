@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backboned.registry import Preprocessing
@@ -40,6 +40,7 @@ def test_without_a_budget_everything_fits() -> None:
     assert fit([Wish("large", stages(a=10**15))], None).kept == {"large"}
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.just(10), max_size=4), max_size=8), st.integers(0, 80))
 def test_the_first_ones_are_kept_and_never_more_than_there_is_room_for(
     wanted: list[dict[str, int]], budget: int
@@ -196,6 +197,7 @@ EVENTS = st.lists(
 
 
 @pytest.mark.parametrize("budget", [30, 40, 60])
+@settings(deadline=None)
 @given(events=EVENTS)
 def test_whatever_happens_memory_suffices_and_whoever_is_asked_for_comes(
     budget: int, events: list[tuple[str, str, int]]

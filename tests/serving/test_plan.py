@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backboned.registry import Preprocessing
@@ -125,6 +125,7 @@ def test_a_file_that_is_settled_is_left_alone(state: DropState) -> None:
 numbers = st.sets(st.integers(1, 8))
 
 
+@settings(deadline=None)
 @given(present=numbers, complete=numbers, in_memory=numbers, refused=numbers, keep=st.integers(1, 4))
 def test_what_serves_is_never_lost_and_what_is_refused_never_loaded(
     present: set[int], complete: set[int], in_memory: set[int], refused: set[int], keep: int

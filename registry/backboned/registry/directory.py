@@ -203,9 +203,12 @@ class CheckpointDirectory:
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
             try:
-                for path in _entries(folder):
+                for entry in _entries(folder.path):
+                    if entry.name.startswith(".") or not (_version(entry.name) or entry.name.endswith(SUFFIXES)):
+                        continue
+                    path = Path(entry.path)
                     try:
-                        self._look(seen, path, real_root)
+                        self._look(seen, path, real_root, linked=folder.is_symlink() or entry.is_symlink())
                     except PermissionError as error:  # one that we may not look at hides no other
                         seen.refused[path] = _unseen(error)
                         seen.unseen.add(path)
@@ -215,14 +218,13 @@ class CheckpointDirectory:
                 continue  # a model that was removed meanwhile
             except OSError as error:  # one model that can't be looked at hides no other
                 seen.unreadable[folder.name] = str(error)
-                seen.refused[folder] = _unseen(error)
+                seen.refused[Path(folder.path)] = _unseen(error)
         return seen
 
-    def _look(self, seen: Seen, path: Path, real_root: str) -> None:
+    def _look(self, seen: Seen, path: Path, real_root: str, *, linked: bool) -> None:
+        """Look at one version, or one dropped file; `linked`: it is a link, or lies behind one."""
         model, version = path.parent.name, _version(path.name)
-        if path.name.startswith(".") or (version is None and path.suffix not in SUFFIXES):
-            return
-        if (reason := _refusal(path, real_root)) is not None:
+        if (reason := _refusal(path, real_root if linked else None)) is not None:
             seen.refused[path] = reason
             return
         if version is not None:
@@ -242,9 +244,9 @@ class CheckpointDirectory:
             seen.refused[path] = "it is not a file"
 
 
-def _refusal(path: Path, real_root: str) -> str | None:
-    """Why what is at `path` isn't even looked at; None if it is."""
-    if leads_out(path, real_root):
+def _refusal(path: Path, real_root: str | None) -> str | None:
+    """Why what is at `path` isn't even looked at; None if it is. Without a root it can't lead out of it."""
+    if real_root is not None and leads_out(path, real_root):
         return "it is a link that leads out of the checkpoint directory"
     if path.name != path.name.encode("utf-8", "replace").decode():
         return "its name is not UTF-8: rename it"
@@ -259,8 +261,9 @@ def _unseen(error: OSError) -> str:
     return f"it can't be looked at: {error.strerror}"
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
+def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _version(name: str) -> int | None:

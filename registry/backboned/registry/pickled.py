@@ -14,7 +14,7 @@ import torch
 from backboned.registry.refusal import refused
 
 MAX_PICKLE_BYTES = 16 * 2**20
-MAX_OPCODES = 500_000
+MAX_OPCODES = 1_000_000
 """Of one pickle. A ResNet-152 with its optimizer takes 76 thousand, in 232 kB."""
 
 MAX_TUPLE = 10_000

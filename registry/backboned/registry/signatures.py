@@ -4,6 +4,7 @@ A signature is of a file's SHA-256 and of nothing else: it holds under any name,
 library comes with the extra `signing`, and is imported by the first `Signer` or `Trust`.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from model_signing.verifying import Config as Verifying
 
 MAX_SIGNATURE_BYTES = 2**16
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
 
 _Made = TypeVar("_Made")
 
@@ -36,10 +38,10 @@ def read_signature(checkpoint: Path) -> bytes | None:
     """
     try:
         descriptor = os.open(signature_path(checkpoint), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        if signature_path(checkpoint).is_file() and not signature_path(checkpoint).is_symlink():
-            raise
-        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
     try:
         return os.read(descriptor, MAX_SIGNATURE_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     finally:

@@ -52,7 +52,7 @@ def test_what_scripts_save_passes_and_ends_where_it_ends(content: Any) -> None:
         (b"c__builtin__\neval\n" + TEXT + b"\x85R.", "builtins.eval"),
         (b"cos\nsystem\n" + TEXT + b"\x85R.", "it holds a pickled object (os.system)"),
         (SPARSE + b")R.", "only plain dense ones can be served"),
-        (b"N" * (MAX_OPCODES + 1) + b".", "more than 500000 values"),
+        (b"N" * (MAX_OPCODES + 1) + b".", "more than 1000000 values"),
     ],
     ids=["deep", "doubling", "bytearray", "eval", "system", "sparse", "long"],
 )

@@ -200,7 +200,7 @@ class CheckpointDirectory:
         seen = Seen()
         real_root = os.path.realpath(self.root)
         for folder in _entries(self.root):
-            if folder.name.startswith(".") or not folder.is_dir():
+            if folder.name.startswith(".") or not Path(folder.path).is_dir():
                 continue
             try:
                 for entry in _entries(folder.path):

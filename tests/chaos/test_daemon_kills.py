@@ -144,8 +144,7 @@ class Life:
         elif action == "look":
             self.is_settled()
         elif action == "change" and account.versions:
-            serving = self.stub.GetModel(pb.GetModelRequest(model=model), timeout=30).serving_version
-            if (change := self.chosen(account, model, serving)) is None:
+            if (change := self.chosen(account, model, self.ask(model).serving_version)) is None:
                 return
             self.make(change)
             action = change.name
@@ -284,7 +283,7 @@ class Life:
         assert dict(model.aliases) == account.aliases
         assert (model.policy, model.policy_version) == (account.policy, account.policy_version)
         assert {v.version for v in model.versions if v.rejected} == account.rejected & there.keys()
-        wait_for(lambda: self.serves(model.name) == account.serving)
+        wait_for(lambda: self.ask(model.name).serving_version == account.serving)
         for checkpoint in there.values():
             path = Path(unquote(urlparse(checkpoint.uri).path))
             assert file_digest(path) == checkpoint.sha256
@@ -311,9 +310,6 @@ class Life:
         before = [0, *(c.version for c in told)]
         return [(c.version, c.previous_version == previous) for c, previous in zip(told, before, strict=False)]
 
-    def serves(self, name: str) -> int:
-        return self.stub.GetModel(pb.GetModelRequest(model=name)).serving_version
-
     def loaded(self, request: pb.PredictRequest) -> bool:
         try:
             self.stub.Predict(request, timeout=30)
@@ -321,6 +317,9 @@ class Life:
             assert error.code() is grpc.StatusCode.UNAVAILABLE, error
             return False
         return True
+
+    def ask(self, name: str) -> pb.Model:
+        return self.stub.GetModel(pb.GetModelRequest(model=name), timeout=30)
 
     def history(self) -> list[pb.Change]:
         return self.pages("ListHistory", pb.ListHistoryRequest(), "changes")
@@ -340,7 +339,7 @@ def test_what_the_daemon_said_is_true_after_every_start(tmp_path: Path, photo: b
     weights = tmp_path / "digits.pth"
     torch.save(seeded_state(Catalogue.from_entry_points().get("digits"), seed=0), weights)
     life, early = Life(tmp_path, weights, photo), 0
-    for kill in range(KILLS):
+    for _ in range(KILLS):
         if life.chance.random() < EARLY_SHARE:
             life.end_before_it_began()
             early += 1
@@ -348,7 +347,6 @@ def test_what_the_daemon_said_is_true_after_every_start(tmp_path: Path, photo: b
         with life.begin() as daemon:
             life.check()
             life.go_on_until_killed(daemon)
-        _logger.info("killed %d times", kill + 1)
     with life.begin():
         life.check()
     _logger.warning("%d kills, %d of them during start-up; done: %s", KILLS, early, dict(life.done))

@@ -3,16 +3,19 @@
 import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from backboned.v1 import model_service_pb2 as pb
-from tests.chaos.served import Served, drop, start_without_privileges, wait_for
+from tests.chaos.served import Served, drop, fetch, start_without_privileges, wait_for
 
 
 def mount(*arguments: str | Path) -> None:
@@ -243,3 +246,42 @@ def test_files_of_other_times(served: Served, seconds: int) -> None:
     subprocess.run(["cp", "--preserve=timestamps", file, broken, served.root / "fresh"], check=True)
     wait_for(lambda: served.serves("fresh") == served.fresh)
     wait_for(lambda: any(c.uri.endswith(broken.name) for c in served.client.list_checkpoints(model="fresh")))
+
+
+@pytest.mark.skipif("BACKBONED_CHAOS" not in os.environ, reason="takes long: set BACKBONED_CHAOS to run it")
+def test_a_daemon_that_cannot_look_at_its_start_is_not_ready_until_it_can(tmp_path: Path, picture: Path) -> None:
+    root = tmp_path / "checkpoints"
+    drop(tmp_path / "steady", 1)
+    root.mkdir(mode=0)
+    flags = [
+        f"--checkpoint-dir={root}", f"--state-dir={tmp_path / 'state'}", "--device=cpu", "--precision=fp32",
+        "--compile=off", "--grpc-port=0", "--http-port=0",
+    ]  # fmt: skip
+    with start_without_privileges(flags, tmp_path) as daemon:
+        there = Served(daemon, tmp_path, picture)
+        health = health_pb2_grpc.HealthStub(there.channel)
+        told = fetch(f"{daemon.http}/readyz").splitlines()
+        assert told[0] == "the checkpoint directory could not be looked at yet" and "Permission denied" in told[1]
+        assert health.Check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING
+        root.chmod(0o755)
+        (tmp_path / "steady").rename(root / "steady")
+        wait_for(lambda: fetch(f"{daemon.http}/readyz") == "ready\n")
+        wait_for(lambda: health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING)
+        wait_for(partial(there.has, "steady", 1))
+        there.client.close()
+        there.channel.close()
+
+
+@pytest.mark.skipif("BACKBONED_CHAOS" not in os.environ, reason="takes long: set BACKBONED_CHAOS to run it")
+def test_a_database_on_a_full_disk_keeps_a_daemon_from_starting_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path / "state")
+    try:
+        fill(tmp_path / "state")
+        command = [sys.executable, "-m", "backboned.server.commands", "serve", f"--state-dir={tmp_path / 'state'}"]
+        flags = [f"--checkpoint-dir={tmp_path / 'checkpoints'}", "--grpc-port=0", "--http-port=0"]
+        ended = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=100)
+    finally:
+        unmount(tmp_path / "state")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: the database can't be"), ended.stderr

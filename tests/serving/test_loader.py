@@ -44,7 +44,7 @@ from backboned.server.serving.snapshot import State
 from backboned.server.troubles import TroubleKind, Troubles
 
 PATIENCE_SECONDS = 30.0
-StartLoader = Callable[[Catalogue], Loader]
+StartLoader = Callable[..., Loader]
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
         stack.callback(database.dispose)
         records = Records.of(database)
 
-        def start(known: Catalogue) -> Loader:
+        def start(known: Catalogue, root: Path = tmp_path) -> Loader:
             loader = Loader(
-                CheckpointDirectory(tmp_path),
+                CheckpointDirectory(root),
                 known,
                 WeightStore(known),
                 StageStore(Device.choose("cpu", "fp32")),
@@ -438,3 +438,20 @@ def test_content_of_the_same_size_and_time_is_told_from_what_was_there_also_afte
     assert file.stat().st_size == size_bytes
     again = start_loader(catalogue())
     wait_for(again, lambda: versions(again) == [1, 2, 3])
+
+
+def test_until_the_directory_could_be_looked_at_once_nobody_knows_what_there_is(
+    start_loader: StartLoader, troubles: Troubles, tmp_path: Path
+) -> None:
+    (tmp_path / "away").mkdir()
+    torch.save(state(1, 3), tmp_path / "away" / "model.pt")
+    root = tmp_path / "checkpoints"
+    loader = start_loader(catalogue(), root)
+    loader.refresh().result(PATIENCE_SECONDS)
+    assert not loader.has_looked and "No such file" in troubles.now()[0].text
+    root.mkdir()
+    (tmp_path / "away").rename(root / "m")
+    wait_for(loader, lambda: "m" in loader.snapshot.models)
+    root.rename(tmp_path / "away")
+    wait_for(loader, troubles.now)
+    assert loader.has_looked and "m" in loader.snapshot.models

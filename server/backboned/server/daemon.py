@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import DBAPIError
 
 from backboned.registry.atomic import write_atomically
 from backboned.registry.catalogue import Catalogue
@@ -32,7 +33,7 @@ from backboned.server.compute.compiler import StageCompiler
 from backboned.server.compute.device import Device, usable_cores
 from backboned.server.compute.stages import StageStore
 from backboned.server.config import Config
-from backboned.server.database import open_database
+from backboned.server.database import meaning, open_database
 from backboned.server.database_watch import DatabaseWatch
 from backboned.server.ops.http import HttpServer, application
 from backboned.server.ops.metrics import Metrics
@@ -82,7 +83,12 @@ def run(config: Config) -> None:
     warnings.filterwarnings("ignore", "Callback with id .* already exists", RuntimeWarning)
     # A lane asks for the interpreter some ten times an image, and would wait this long each time that calls pour in.
     sys.setswitchinterval(SWITCH_SECONDS)
-    asyncio.run(_serve(config))
+    try:
+        asyncio.run(_serve(config))
+    except DBAPIError as error:
+        if known := meaning(error):
+            raise known from error
+        raise
 
 
 class Daemon:

@@ -16,7 +16,7 @@ from pathlib import Path
 from backboned.registry.atomic import sync_path
 from backboned.registry.errors import BackbonedError
 from backboned.registry.inside import leads_out, read_inside
-from backboned.registry.manifest import MANIFEST_NAME, check_name
+from backboned.registry.manifest import MANIFEST_NAME, check_name, is_name
 from backboned.registry.payload import SUFFIXES
 from backboned.registry.sidecar import sidecar_paths
 from backboned.registry.signatures import signature_path
@@ -38,10 +38,10 @@ class Signature:
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> "Signature | None":
+    def of(cls, path: str | Path) -> "Signature | None":
         """The signature of the file at `path`; None if there is none. Raises `OSError` if that can't be told."""
         try:
-            stat = path.stat()
+            stat = os.stat(path)  # noqa: PTH116 - a thousand paths that are made only for this take their time
         except OSError as error:
             if error.errno in _ABSENT:
                 return None
@@ -200,18 +200,20 @@ class CheckpointDirectory:
         seen = Seen()
         real_root = os.path.realpath(self.root)
         for folder in _entries(self.root):
-            if folder.name.startswith(".") or not Path(folder.path).is_dir():
+            if folder.name.startswith(".") or not _is_folder(folder):
                 continue
             try:
                 for entry in _entries(folder.path):
-                    if entry.name.startswith(".") or not (_version(entry.name) or entry.name.endswith(SUFFIXES)):
+                    version = _version(entry.name)
+                    if entry.name.startswith(".") or not (version or entry.name.endswith(SUFFIXES)):
                         continue
-                    path = Path(entry.path)
+                    linked = folder.is_symlink() or entry.is_symlink()
                     try:
-                        self._look(seen, path, real_root, linked=folder.is_symlink() or entry.is_symlink())
+                        if not _seen_at_once(seen, folder.name, version, entry.path, linked=linked):
+                            self._look(seen, Path(entry.path), real_root, linked=linked)
                     except PermissionError as error:  # one that we may not look at hides no other
-                        seen.refused[path] = _unseen(error)
-                        seen.unseen.add(path)
+                        seen.refused[Path(entry.path)] = _unseen(error)
+                        seen.unseen.add(Path(entry.path))
             except (FileNotFoundError, NotADirectoryError):
                 if not self.root.is_dir():
                     raise
@@ -244,6 +246,16 @@ class CheckpointDirectory:
             seen.refused[path] = "it is not a file"
 
 
+def _seen_at_once(seen: Seen, model: str, version: int | None, folder: str, *, linked: bool) -> bool:
+    """Take in a version as nearly all are, which is worth no more than one question to the file system."""
+    if version is None or linked or not is_name(model):
+        return False
+    signature = Signature.of(f"{folder}/{MANIFEST_NAME}")
+    if signature is not None:
+        seen.versions[model, version] = signature
+    return signature is not None
+
+
 def _refusal(path: Path, real_root: str | None) -> str | None:
     """Why what is at `path` isn't even looked at; None if it is. Without a root it can't lead out of it."""
     if real_root is not None and leads_out(path, real_root):
@@ -264,6 +276,10 @@ def _unseen(error: OSError) -> str:
 def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_dir() if not entry.is_symlink() else Path(entry.path).is_dir()  # which minds no link to itself
 
 
 def _version(name: str) -> int | None:

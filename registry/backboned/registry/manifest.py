@@ -24,9 +24,14 @@ _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` can be a model's or alias's name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str, what: str = "model", field: str = "model") -> str:
     """`name`, if it can be a model's or alias's name. Raises `BackbonedError` `INVALID_ARGUMENT` otherwise."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise invalid(
             f"{what} name {name[:80]!r} can't be used: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a "
             "letter or digit",

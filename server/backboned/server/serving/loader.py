@@ -211,8 +211,9 @@ class Loader:
             if time.monotonic() > self._publish_at:
                 self._publish(whole=False)
         self._publish()
-        there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
-        self._held_up = {path: why for path, why in self._held_up.items() if path in there}
+        if self._held_up:
+            there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
+            self._held_up = {path: why for path, why in self._held_up.items() if path in there}
         self._troubles.tell(TroubleKind.LOADING, *self._held_up.values())
         due = now + (_ROOM_SECONDS if self._room.waits else interval)
         return max(0.0, min(due, due if todo.look_again_at is None else todo.look_again_at) - now)

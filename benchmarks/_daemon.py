@@ -15,6 +15,17 @@ from benchmarks._processes import proportional_bytes
 
 _PATIENCE_SECONDS = 600.0
 _NOT_COPIED = ("lock", "*.sqlite*", "work*")
+_IMPORTS = (
+    "from backboned.server.process import import_torchvision; import_torchvision()\n"
+    "import backboned.server.commands, backboned.server.daemon"
+)
+
+
+def import_seconds() -> float:
+    """How long a process takes that imports what a daemon does, in its way, and nothing else."""
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
+    return time.monotonic() - begin
 
 
 class Daemon:

@@ -1,19 +1,16 @@
 """Parts `overload` and `warm`: far too many requests, and a start on what an earlier one has compiled."""
 
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 from backboned.client import Client
 from benchmarks._bench import Bench, median
-from benchmarks._daemon import Daemon
+from benchmarks._daemon import Daemon, import_seconds
 from benchmarks._processes import Worker, resident_bytes
 
 TIMES = 20
-_IMPORTS = "import backboned.server.commands, backboned.server.daemon"
 
 
 class _Peak:
@@ -115,9 +112,7 @@ def warm(bench: Bench, backbone: str) -> None:
 
 
 def _start(bench: Bench, name: str, backbone: str) -> dict[str, Any]:
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
-    imported = time.monotonic() - begin
+    imported = import_seconds()
     maker = bench.maker(backbone)
     photo = next(iter(sorted((bench.work / "photos").iterdir()))).read_bytes()
     flags = [f"--weights={backbone}={maker.weights}", f"--device={bench.settings.device}"]

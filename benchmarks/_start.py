@@ -1,14 +1,12 @@
 """Part `start`: a start with a thousand models, and how soon one more of them answers."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from backboned.client import Client, ClientError
 from benchmarks._bench import Bench, median
-from benchmarks._daemon import Daemon
+from benchmarks._daemon import Daemon, import_seconds
 
 _MORE = 10
 
@@ -33,9 +31,7 @@ def start(bench: Bench, backbone: str) -> None:
 
 
 def _start(bench: Bench, folder: Path, flags: list[str], count: int) -> dict[str, Any]:
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import backboned.server.commands, backboned.server.daemon"], check=True)
-    imported = time.monotonic() - begin
+    imported = import_seconds()
     with Daemon(folder, flags) as daemon, Client(daemon.grpc) as client:
         if client.predict(f"head-{count - 1:04}", [bench.photo()]).version != 1:
             raise SystemExit("the last model doesn't answer")

@@ -148,7 +148,9 @@ class Chooser:
             message = f"{model} version {number} can't be loaded: {known.reason}"
             raise BackbonedError(ErrorKind.FAILED_PRECONDITION, message, field="version")
         self._loader.want(model, number)
-        raise _NotInMemory(not_loaded(model, number, known.reason)) if known.arrival else not_loaded(model, number)
+        error = not_loaded(model, number, known.reason)
+        soon = known.arrival is not None or (known.state is State.LOADING and not known.reason)
+        raise _NotInMemory(error) if soon else error
 
     def _load_first(self, model: KnownModel, policy: Policy) -> NoReturn:
         """The same for the version that a policy chooses."""

@@ -45,6 +45,7 @@ class Library:
     drops: dict[Path, KnownDrop] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
     loading: set[VersionKey] = field(default_factory=set)
+    fetching: set[str] = field(default_factory=set)
     out: Mapping[VersionKey, OutOfMemory] = field(default_factory=dict)
     policies: Mapping[str, Policy] = field(default_factory=dict)
     deleted: dict[VersionKey, Tombstone] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Library:
         loading = {(a.manifest.model, a.manifest.version) for a in todo.actions if isinstance(a, Load)}
         # What was loaded on demand and now is being loaded: until it is there, nothing else answers for it.
         coming = {key: told for key, told in self.out.items() if told.arrival is Arrival.ON_DEMAND and key in loading}
-        self.loading, self.out = loading, {**coming, **todo.out}
+        self.loading, self.out, self.fetching = loading, {**coming, **todo.out}, set()
 
     def add(self, model: LoadedModel) -> None:
         """Take in a version that was written and loaded just now, before the next look finds it."""
@@ -133,7 +134,8 @@ class Library:
         """An immutable copy for everyone else."""
         told: dict[str, list[_Told]] = {}
         for key, manifest in self.manifests.items():
-            of_version = (self.loaded.get(key), self.quarantine.get(key), key in self.loading, self.out.get(key))
+            loading = key in self.loading and (manifest.backbone in self.fetching or "now")
+            of_version = (self.loaded.get(key), self.quarantine.get(key), loading, self.out.get(key))
             told.setdefault(key[0], []).append((key, manifest, of_version))
         self._models = {name: self._model(name, what) for name, what in sorted(told.items())}
         refused = [*self._refused_versions(), *self._refused_drops()]
@@ -195,6 +197,8 @@ class Library:
         if loaded is not None:
             return KnownVersion(manifest, State.SERVING, loaded=loaded)
         out = self.out.get(key)
+        if manifest.backbone in self.fetching:
+            return KnownVersion(manifest, State.LOADING, f"the weights of {manifest.backbone} are being fetched")
         state = State.LOADING if key in self.loading else State.AVAILABLE
         return KnownVersion(manifest, state, out.reason if out else "", None, out.arrival if out else None)
 

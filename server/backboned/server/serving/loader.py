@@ -7,6 +7,7 @@ here, off the request path; readers only ever see one finished snapshot or the n
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -31,7 +32,7 @@ from backboned.server.serving.fetching import Fetches
 from backboned.server.serving.library import Library
 from backboned.server.serving.looking import Looks
 from backboned.server.serving.placing import Placer
-from backboned.server.serving.plan import Action, Adopt, DropState, Limits, Load, Retire, VersionKey, plan
+from backboned.server.serving.plan import Adopt, DropState, Limits, Load, Retire, VersionKey, plan
 from backboned.server.serving.records import Records
 from backboned.server.serving.room import MEMORY_ERRORS, Room
 from backboned.server.serving.snapshot import Snapshot
@@ -51,6 +52,7 @@ _PUBLISH_PAUSE = 10.0
 """While a look loads many versions, it shows them every 20 ms, or, where that takes long, a tenth of the time."""
 
 _ROOM_SECONDS = 0.05
+_ACT_SECONDS = 0.5
 _MAX_WANTED = 8
 
 
@@ -204,18 +206,14 @@ class Loader:
             self._retire(each)
         self._publish()  # and let go of what was retired
         self._room.begin(retired=bool(retired))
-        for action in todo.actions:
-            if self._stopping:
-                break
-            self._act(action)
-            if time.monotonic() > self._publish_at:
-                self._publish(whole=False)
+        all_done = self._act_on([action for action in todo.actions if not isinstance(action, Retire)])
         self._publish()
         if self._held_up:
             there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
             self._held_up = {path: why for path, why in self._held_up.items() if path in there}
         self._troubles.tell(TroubleKind.LOADING, *self._held_up.values())
-        due = now + (_ROOM_SECONDS if self._room.waits else interval)
+        due = now + (interval if all_done else 0.0)
+        due = min(due, now + _ROOM_SECONDS) if self._room.waits else due
         return max(0.0, min(due, due if todo.look_again_at is None else todo.look_again_at) - now)
 
     def _retire(self, action: Retire) -> None:
@@ -223,15 +221,31 @@ class Loader:
             log.info("%s version %d is out of memory: others were asked for later", *action.key)
             self._telemetry.evicted()
 
-    def _act(self, action: Action) -> None:
+    def _act_on(self, actions: Sequence[Load | Adopt]) -> bool:
+        """Act, in order; whether all is done.
+
+        Versions that are loaded in a moment, such as heads, don't keep anyone waiting: when a while has passed, or
+        somebody asks for one of them, the others are left to further looks.
+        """
+        ends = time.monotonic() + _ACT_SECONDS
+        waiting = deque(actions)
+        while waiting and not self._stopping:
+            self._act(waiting.popleft())
+            now = time.monotonic()
+            if now > self._publish_at:
+                self._publish(whole=False)
+            loads = [action.manifest for action in waiting if isinstance(action, Load)]
+            if loads and (now > ends or self._waiters) and self._placer.are_quick(loads):
+                for action in waiting:
+                    if isinstance(action, Adopt):
+                        self._act(action)
+                return False
+        return True
+
+    def _act(self, action: Load | Adopt) -> None:
         started = time.monotonic()
         try:
-            if isinstance(action, Load):
-                result = self._load(action.manifest)
-            elif isinstance(action, Adopt):
-                result = self._adopt(action)
-            else:
-                result = ""  # retired already, to make room
+            result = self._load(action.manifest) if isinstance(action, Load) else self._adopt(action)
         except Exception:  # a defect of ours must not end the loader: what is loaded serves on
             log.exception("the loader failed at %r", action)
             result = "failed"
@@ -244,7 +258,10 @@ class Loader:
         folder = self._directory.version(*key)
         self._held_up.pop(folder, None)
         try:
-            if not self._fetches.at_hand(manifest) or not self._room.has_room(manifest):
+            if not self._fetches.at_hand(manifest):
+                self._library.fetching.add(manifest.backbone)
+                return ""
+            if not self._room.has_room(manifest):
                 return ""
             self._library.loaded[key] = self._placer.place(self._reader.read(manifest))
         except MEMORY_ERRORS:
@@ -291,10 +308,10 @@ class Loader:
         self.hint()  # it is on disk: the next look finds it, and makes room, or tells why it isn't served
         return "adopted"
 
-    def _give_up(self, action: Action, reason: str) -> None:
+    def _give_up(self, action: Load | Adopt, reason: str) -> None:
         if isinstance(action, Load):
             self._library.refuse((action.manifest.model, action.manifest.version), reason)
-        elif isinstance(action, Adopt):
+        else:
             self._library.settle(action.drop.path, DropState.QUARANTINED, reason)
 
     def _wanted_versions(self) -> frozenset[VersionKey]:

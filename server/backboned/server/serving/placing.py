@@ -1,7 +1,7 @@
 """Putting a version on the device: its stages, those that are there already shared, and a first look at its answers."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,6 +15,8 @@ from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.serving.telemetry import ServingTelemetry
 
 log = logging.getLogger(__name__)
+
+QUICK_BYTES = 2**20
 
 
 class Placer:
@@ -62,6 +64,14 @@ class Placer:
         """How much memory a version takes beyond what is there."""
         there = self._stages.keys()
         return sum(size for key, size in self.footprint(manifest).items() if key not in there)
+
+    def are_quick(self, manifests: Sequence[Manifest]) -> bool:
+        """Whether each of them is loaded in a moment, because nearly all that it stands on is there."""
+        there = self._stages.keys()
+        return all(
+            sum(size for key, size in self.footprint(manifest).items() if key not in there) <= QUICK_BYTES
+            for manifest in manifests
+        )
 
     def held_bytes(self) -> int:
         """The memory of all stages on the device, also those that only batches under way still need."""

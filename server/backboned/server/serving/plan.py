@@ -131,8 +131,9 @@ def plan(known: Known, *, now: float, limits: Limits) -> Plan:
     Where not all of that fits into memory, what was asked for last is kept, and the rest is loaded when it is asked
     for. A version that is to take another's place is loaded only where both fit, or nobody asks for the other one.
 
-    Room is made first. Versions that are to serve come before others, then the newest, dropped files last. What is
-    quarantined isn't loaded; what serves of it, an earlier epoch or an older version, serves on.
+    Room is made first. Versions that are to serve come before others, of each those asked for last, then the newest;
+    dropped files come last. What is quarantined isn't loaded; what serves of it, an earlier epoch or an older version,
+    serves on.
     """
     desired = _desired(known, limits.max_loaded_versions)
     wishes = _wishes(known, desired, now)
@@ -140,7 +141,7 @@ def plan(known: Known, *, now: float, limits: Limits) -> Plan:
     stays = {key for key, kind in fitting.kept if kind == _STAY}
     retire = [Retire(key, evicted=key in desired) for key in sorted(known.loaded) if key not in stays]
     loads = [key for key, kind in fitting.kept if kind == _LOAD]
-    loads.sort(key=lambda key: (desired[key].tier > 0, -key[1], key[0]))
+    loads.sort(key=lambda key: (desired[key].tier > 0, -desired[key].used, -key[1], key[0]))
     out = {
         wish.key[0]: _left_out(wish, fitting.left_out[wish.key], bool(stays & desired[wish.key[0]].stand_ins), limits)
         for wish in wishes

@@ -90,8 +90,7 @@ class Life:
         self.outcomes: list[str] = []
         self.journal: set[str] = set()
         self.open: Change | None = None
-        self.calls = 0
-        self.start_seconds = 5.0
+        self.calls, self.start_seconds = 0, 5.0
         self.done: Counter[str] = Counter()
         self.flags = [
             f"--checkpoint-dir={self.root}", f"--state-dir={folder / 'state'}", f"--weights=digits={weights}",

@@ -79,6 +79,10 @@ def run(config: Config) -> None:
     )
     for name in ("watchdog", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # watchdog calls it an error that an event comes while it stops.
+    logging.getLogger("watchdog.observers.inotify").addFilter(
+        lambda record: "thread is inactive" not in record.getMessage()
+    )
     # watchdog sees a folder twice that is made while it adds the one above, and says so at length.
     warnings.filterwarnings("ignore", "Callback with id .* already exists", RuntimeWarning)
     # A lane asks for the interpreter some ten times an image, and would wait this long each time that calls pour in.

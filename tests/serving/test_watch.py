@@ -146,3 +146,21 @@ def test_after_a_stop_there_are_no_hints_and_no_threads(root: Path, hints: Hints
     count = hints.count
     (root / "birds").mkdir()
     assert hints.count == count
+
+
+def test_a_directory_that_is_a_link_is_watched_where_it_leads(root: Path, hints: Hints, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    watcher = Watcher(link, hints, "inotify")
+    watcher.ensure()
+    try:
+        assert hints.come_after((root / "birds").mkdir)
+        assert hints.come_after(lambda: (root / "flowers" / "new.pt").write_bytes(b"x"))
+        other = tmp_path / "other"
+        other.mkdir()
+        link.unlink()
+        link.symlink_to(other)
+        watcher.ensure()
+        assert hints.come_after((other / "birds").mkdir)
+    finally:
+        watcher.stop()

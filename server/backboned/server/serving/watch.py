@@ -71,7 +71,7 @@ class Watcher:
         self.stop()
         observer = Observer()
         try:
-            observer.schedule(self._handler, str(self._root), recursive=True)
+            observer.schedule(self._handler, os.path.realpath(self._root), recursive=True)  # it follows no link
             observer.start()
         except OSError as error:  # such as the limit of inotify watches
             log.warning("can't watch %s (%s): looking every second instead", self._root, error)

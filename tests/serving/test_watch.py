@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def test_every_way_for_something_to_come_or_go_is_a_hint(
     watcher: Watcher, hints: Hints, root: Path, change: Callable[[Path], object]
 ) -> None:
     assert hints.come_after(lambda: change(root / "flowers"))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_that_were_closed_or_renamed_are_told_once(root: Path, hints: Hints, linked: bool) -> None:
+    """Whoever wrote them is done: they needn't stand still first."""
+    given = root.parent / "link" if linked else root
+    if linked:
+        given.symlink_to(root)
+    watcher = Watcher(given, hints, "inotify")
+    watcher.ensure()
+    (root / "flowers" / "written.pt").write_bytes(b"x")
+    (root / "flowers" / "there.pt").rename(root / "flowers" / "renamed.pt")
+    told: set[Path] = set()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while len(told) < 2 and time.monotonic() < deadline:
+        told |= watcher.closed()
+        time.sleep(0.01)
+    assert told == {given / "flowers" / "written.pt", given / "flowers" / "renamed.pt"}
+    assert watcher.closed() == frozenset()
+    watcher.stop()
 
 
 def test_looking_is_no_hint(watcher: Watcher, hints: Hints, root: Path) -> None:

@@ -49,13 +49,17 @@ class Watcher:
     def __init__(self, root: Path, hint: Callable[[], None], mode: WatchMode = "auto") -> None:
         self._root = root
         self._handler = _Hints(hint)
+        self._real_root = root
         self._observer: BaseObserver | None = None
         self._watched: tuple[int, int] | None = None
         self.polling = mode == "polling" or (mode == "auto" and needs_polling(root.resolve(), _mounts()))
 
     def closed(self) -> frozenset[Path]:
         """The files that whoever wrote them has closed, or renamed to what they are, since the last call."""
-        return self._handler.take_closed()
+        real = self._real_root
+        return frozenset(
+            self._root / p.relative_to(real) for p in self._handler.take_closed() if p.is_relative_to(real)
+        )
 
     def ensure(self) -> None:
         """Watch the directory that is at `root` now."""
@@ -71,7 +75,8 @@ class Watcher:
         self.stop()
         observer = Observer()
         try:
-            observer.schedule(self._handler, os.path.realpath(self._root), recursive=True)  # it follows no link
+            self._real_root = Path(os.path.realpath(self._root))
+            observer.schedule(self._handler, str(self._real_root), recursive=True)  # it follows no link
             observer.start()
         except OSError as error:  # such as the limit of inotify watches
             log.warning("can't watch %s (%s): looking every second instead", self._root, error)

@@ -20,6 +20,8 @@ def start(bench: Bench, backbone: str) -> None:
     flags = [f"--weights={backbone}={maker.weights}", f"--device={bench.settings.device}"]
     starts = [_start(bench, bench.work / name, flags, count) for _ in range(bench.settings.rounds)]
     with Daemon(bench.work / name, flags) as daemon, Client(daemon.grpc) as client:
+        while (daemon.metric("backboned_stages_loaded") or 0) < count:  # heads go on being loaded while it serves
+            time.sleep(0.1)
         waits = [{"ms": _add(bench, backbone, daemon, client, number)} for number in range(_MORE)]
     bench.found.measurements[f"start {backbone}"] = {"starts": starts, "added": waits}
     group, add = f"{backbone}, {count} models", bench.found.add

@@ -61,7 +61,7 @@ def keep(copy: Path, manifest: Manifest, folder: Path, signature: bytes | None =
     marker = folder / MARKER_NAME
     try:
         with locked(marker):
-            copy.replace(folder / manifest.best.file)
+            _put(copy, folder / manifest.best.file)
             if signature is not None:
                 write_signature(folder / manifest.best.file, signature)
             sync_path(folder)
@@ -70,6 +70,18 @@ def keep(copy: Path, manifest: Manifest, folder: Path, signature: bytes | None =
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _put(copy: Path, target: Path) -> None:
+    """Have a file under another name, which isn't taken.
+
+    Not renamed, where links can be made: of a rename out of a folder inotify tells in two halves, and where the other
+    folder is too new to be watched, watchdog waits half a second for the second one, with all that comes after it.
+    """
+    try:
+        target.hardlink_to(copy)
+    except OSError:
+        copy.replace(target)
 
 
 def remove_abandoned(directory: CheckpointDirectory) -> None:

@@ -140,7 +140,7 @@ def drop(folder: Path, version: int) -> Path:
     """Drop what is to be the version, which sees its own class."""
     digits = Catalogue.from_entry_points().get("digits")
     state = seeded_state(digits, seed=0)
-    state["fc.weight"], state["fc.bias"] = torch.zeros(50, digits.feature_size), torch.zeros(50)
+    state["fc.weight"], state["fc.bias"] = 1e-3 * torch.randn(50, digits.feature_size), torch.zeros(50)
     state["fc.bias"][version] = 9.0
     folder.mkdir(exist_ok=True)
     torch.save({"backbone": "digits", "model_state_dict": state}, folder / f"{version}.pt")

@@ -152,7 +152,7 @@ class Life:
     def drop(self, account: Account, model: str) -> None:
         """A file comes, or takes the place of another one: at one stroke, or slowly."""
         aside, name = self.folder / "aside.pt", self.chance.choice(FILES)
-        head = {"fc.weight": torch.zeros(2, 256), "fc.bias": torch.tensor([9.0, 0.0])}
+        head = {"fc.weight": 1e-3 * torch.randn(2, 256), "fc.bias": torch.tensor([9.0, 0.0])}
         label = f"class {len(self.labels)}"
         torch.save({"backbone": "digits", "state_dict": head, "classes": [label, "other"]}, aside)
         digest, content = file_digest(aside), aside.read_bytes()

@@ -16,15 +16,38 @@ from PIL import Image
 from torch import nn
 
 from backboned.client import Client
+from backboned.plugins.digits import digits
+from backboned.registry.digest import file_digest
+from backboned.registry.manifest import Epoch, Manifest
+from backboned.registry.task import Task
 from backboned.server.commands.application import run
 from backboned.server.commands.local_daemon import LocalDaemon
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1.model_service_pb2_grpc import ModelServiceStub
 
-Start = Callable[[], LocalDaemon]
+Start = Callable[..., LocalDaemon]
 Connect = Callable[[LocalDaemon], Client]
 WaitFor = Callable[[Callable[[], object]], None]
 TrainLong = Callable[[Client, str], pb.Job]
+HOLDING = """
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from backboned.plugins.digits import digits
+from backboned.registry import register
+
+
+def build():
+    while Path("{file}").exists():
+        time.sleep(0.02)
+    return digits().build()
+
+
+@register
+def held():
+    return replace(digits(), name="held", build=build)
+"""
 
 
 @pytest.fixture
@@ -41,11 +64,38 @@ def start(
     ports: tuple[int, int],
     tmp_path: Path,
     networks: dict[tuple[str, int], nn.Module],
-) -> Callable[[], LocalDaemon]:
+) -> Callable[..., LocalDaemon]:
     """Starts the daemon, again and again, on the same ports and folders, with a version of `flowers`."""
     (tmp_path / "checkpoints" / "flowers").mkdir(parents=True)
-    torch.save(networks["flowers", 1].state_dict(), tmp_path / "checkpoints" / "flowers" / "dropped.pt")
-    return lambda: start_daemon(*training_flags, f"--grpc-port={ports[0]}", f"--http-port={ports[1]}")
+    dropped = {"backbone": "digits", "state_dict": networks["flowers", 1].state_dict()}
+    torch.save(dropped, tmp_path / "checkpoints" / "flowers" / "dropped.pt")
+    return lambda *flags: start_daemon(*training_flags, f"--grpc-port={ports[0]}", f"--http-port={ports[1]}", *flags)
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, networks: dict[tuple[str, int], nn.Module]) -> Path:
+    """A file: as long as it is there, the plugin `held` doesn't get its backbone built, of which there is a version."""
+    file = tmp_path / "held"
+    file.touch()
+    (tmp_path / "holding.py").write_text(HOLDING.format(file=file))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    folder = tmp_path / "checkpoints" / "held" / "1"
+    folder.mkdir(parents=True)
+    path = folder / "epoch-0001.pt"
+    torch.save(networks["flowers", 1].state_dict(), path)
+    Manifest(
+        model="held",
+        version=1,
+        backbone="held",
+        task=Task.SINGLE_LABEL,
+        classes=tuple("abcde"),
+        stages={},
+        preprocessing=digits().preprocessing,
+        epochs=(Epoch(1, path.name, file_digest(path), path.stat().st_size, 1.7e9),),
+        best_epoch=1,
+        complete=True,
+    ).write(folder)
+    return file
 
 
 def serves(client: Client, model: str) -> bool:
@@ -53,21 +103,16 @@ def serves(client: Client, model: str) -> bool:
 
 
 def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
-    start: Start, ports: tuple[int, int], tmp_path: Path, fetch: Callable[[str], str], wait_for: WaitFor
+    start: Start, ports: tuple[int, int], held: Path, fetch: Callable[[str], str], wait_for: WaitFor
 ) -> None:
     http = f"http://127.0.0.1:{ports[1]}"
-    # A manifest that can't be read to its end holds the first look at the folder.
-    manifest = tmp_path / "checkpoints" / "held" / "1" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    os.mkfifo(manifest)
     with ThreadPoolExecutor() as aside:
-        starting = aside.submit(start)
+        starting = aside.submit(start, "--plugin=holding")
         wait_for(lambda: starting.done() or fetch(f"{http}/healthz"))
         assert fetch(f"{http}/healthz") == "alive\n"
         assert fetch(f"{http}/readyz") == "starting: models are being loaded\n"
         assert not starting.done()
-        with manifest.open("w"):
-            manifest.unlink()
+        held.unlink()
         daemon = starting.result()
     assert fetch(f"{http}/readyz") == "ready\n"
 

@@ -46,11 +46,18 @@ async def standby() -> AsyncIterator[Standby]:
     standby.close()
 
 
+def wait_for_session(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while os.getsid(pid) != pid:
+        assert time.monotonic() < deadline, "it has no session of its own"
+        time.sleep(0.01)
+
+
 async def test_trainers_are_forks_of_one_process(standby: Standby) -> None:
     first, second = await asyncio.gather(standby.take(), standby.take())
     assert first.runs and second.runs and first.pid != second.pid
     assert parent_of(first.pid) == parent_of(second.pid) != os.getpid()
-    assert os.getsid(first.pid) == first.pid  # a signal of the terminal's is not for it
+    await asyncio.to_thread(wait_for_session, first.pid)  # a signal of the terminal's is not for it
     assert os.getpriority(os.PRIO_PROCESS, first.pid) >= 10
     how = [await kill(process) for process in (first, second)]
     assert all(text.startswith("the trainer process was killed by SIGKILL") for text in how)

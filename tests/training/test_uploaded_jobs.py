@@ -58,6 +58,7 @@ def supervisor(
 ) -> Iterator[JobSupervisor]:
     """One that was not started: what is submitted stays queued."""
     engine = open_database(tmp_path / "state.sqlite")
+    (tmp_path / "checkpoints").mkdir()
     files = {"digits": weights_file}
     yield JobSupervisor(
         JobStore(engine),

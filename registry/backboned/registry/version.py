@@ -156,7 +156,9 @@ class VersionReader:
             raise refused(f"{record.file} has {found.outputs} outputs for {len(manifest.classes)} classes")
         class_names(manifest.classes, found.outputs, manifest.task)
         best = record.epoch == manifest.best_epoch
-        expected = {**(manifest.stages if best else {}), **foundations(payload)}
+        expected: Mapping[str, str] = manifest.stages if best else {}
+        if inside is not None or not best:  # of a file that is signed, what it says itself counts
+            expected = {**expected, **foundations(payload)}
         if unknown := set(found.missing) - expected.keys():
             raise refused(f"it isn't told by what digest it stands on stage {min(unknown)!r}")
         stages = self._assemble(found, expected)

@@ -38,7 +38,9 @@ class Looks:
         if not seen.nothing:
             self._seen_in = identity
         self._troubles.tell(
-            TroubleKind.CHECKPOINT_DIRECTORY, *(f"can't look at {m}: {why}" for m, why in seen.unreadable.items())
+            TroubleKind.CHECKPOINT_DIRECTORY,
+            *(f"can't look at {m}: {why}" for m, why in seen.unreadable.items()),
+            *(f"{path}: {seen.refused[path]}" for path in sorted(seen.unseen)),
         )
         self.succeeded = True
         self._telemetry.scanned(time.time())

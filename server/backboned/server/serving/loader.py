@@ -66,7 +66,7 @@ class LoaderSettings:
 
 
 class Loader:
-    """Owns the snapshot. `snapshot`, `hint`, `refresh` and `want` may be called from any thread."""
+    """Owns the snapshot. `snapshot`, `hint`, `refresh`, `note_use` and `want` may be called from any thread."""
 
     def __init__(
         self,
@@ -234,8 +234,10 @@ class Loader:
             now = time.monotonic()
             if now > self._publish_at:
                 self._publish(whole=False)
+            if not (now > ends or self._waiters):
+                continue
             loads = [action.manifest for action in waiting if isinstance(action, Load)]
-            if loads and (now > ends or self._waiters) and self._placer.are_quick(loads):
+            if loads and self._placer.are_quick(loads):
                 for action in waiting:
                     if isinstance(action, Adopt):
                         self._act(action)
@@ -269,6 +271,7 @@ class Loader:
             return ""
         except OSError as error:  # the disk fails, say, which is no fault of the file's: it is tried again
             self._held_up[folder] = f"{manifest.model} version {manifest.version} can't be read: {error}"
+            self._library.loading.discard(key)  # nobody who asks for it is to wait
             return ""
         except BackbonedError as error:
             log.warning("%s version %d is not served: %s", *key, error.message)

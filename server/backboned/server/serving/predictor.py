@@ -56,13 +56,14 @@ class Predictor:
             self._telemetry.predict_phase("total", time.monotonic() - started)
 
     async def _answer(self, call: Call) -> tuple[Result, ...]:
-        models = await self._chooser.choose(call.targets, call.patience_seconds)
-        _check(call, models)
-        for model in models:
-            check_labels(model.manifest, call.labels)
-        shadows = [self._shadow(target, model) for target, model in zip(call.targets, models, strict=True)]
         size = sum(map(_size, call.images))
+        # Counted from here on: a call may wait for a version that is loaded for it, and holds its images meanwhile.
         with self._admission.admit(call.targets[0].model, len(call.images), size, call.patience_seconds):
+            models = await self._chooser.choose(call.targets, call.patience_seconds)
+            _check(call, models)
+            for model in models:
+                check_labels(model.manifest, call.labels)
+            shadows = [self._shadow(target, model) for target, model in zip(call.targets, models, strict=True)]
             answers, seen = await self._compute(models, shadows, call)
         results = []
         for place, model in enumerate(models):

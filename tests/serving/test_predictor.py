@@ -508,3 +508,12 @@ async def test_a_call_that_is_cancelled_leaves_the_queue(make_desk: Callable[...
     desk.engine.start()
     await desk.ask("flowers", png(0), png(1))
     assert desk.telemetry.batches == [2]
+
+
+async def test_calls_that_wait_for_a_look_at_the_directory_count(make_desk: Callable[..., Desk]) -> None:
+    """They hold their images: a flood of them, for what must be loaded first, is bounded as any other."""
+    desk = make_desk(max_queued_images=3)
+    flood = [asyncio.create_task(desk.refusal("nobody", png(0), png(1))) for _ in range(3)]
+    kinds = sorted(error.kind.name for error in await asyncio.gather(*flood))
+    assert kinds == ["NOT_FOUND", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+    assert (await desk.refusal("nobody", png(0))).kind is ErrorKind.NOT_FOUND, "and is over when they are"

@@ -1,9 +1,10 @@
 """Whatever changes below the directory is a hint; looking at it is none."""
 
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,25 @@ broken
 
 
 class Hints:
-    """Counts hints, and waits for one."""
+    """Is told of changes, counts them, and waits for one."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.models: set[str] = set()
+        self.closed: set[Path] = set()
+        self.anything = False
         self._came = threading.Event()
 
-    def __call__(self) -> None:
+    def everything(self) -> None:
+        self.anything = True
+        self._told()
+
+    def changed(self, models: Iterable[str], closed: Path | None = None) -> None:
+        self.models |= set(models)
+        self.closed |= set() if closed is None else {closed}
+        self._told()
+
+    def _told(self) -> None:
         self.count += 1
         self._came.set()
 
@@ -103,10 +116,11 @@ def test_every_way_for_something_to_come_or_go_is_a_hint(
     watcher: Watcher, hints: Hints, root: Path, change: Callable[[Path], object]
 ) -> None:
     assert hints.come_after(lambda: change(root / "flowers"))
+    assert hints.models <= {"flowers", "birds"} and len(hints.models) == 1 and not hints.anything
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_files_that_were_closed_or_renamed_are_told_once(root: Path, hints: Hints, linked: bool) -> None:
+def test_files_that_were_closed_or_renamed_are_told(root: Path, hints: Hints, linked: bool) -> None:
     """Whoever wrote them is done: they needn't stand still first."""
     given = root.parent / "link" if linked else root
     if linked:
@@ -115,13 +129,11 @@ def test_files_that_were_closed_or_renamed_are_told_once(root: Path, hints: Hint
     watcher.ensure()
     (root / "flowers" / "written.pt").write_bytes(b"x")
     (root / "flowers" / "there.pt").rename(root / "flowers" / "renamed.pt")
-    told: set[Path] = set()
+    expected = {given / "flowers" / "written.pt", given / "flowers" / "renamed.pt"}
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(told) < 2 and time.monotonic() < deadline:
-        told |= watcher.closed()
+    while hints.closed != expected and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert told == {given / "flowers" / "written.pt", given / "flowers" / "renamed.pt"}
-    assert watcher.closed() == frozenset()
+    assert hints.closed == expected and hints.models == {"flowers"}
     watcher.stop()
 
 
@@ -135,6 +147,35 @@ def test_looking_is_no_hint(watcher: Watcher, hints: Hints, root: Path) -> None:
     before = hints.count
     assert hints.come_after((root / "marker").mkdir)
     assert hints.count - before < 100  # events keep their order: those of looking would have come before
+
+
+def test_what_has_a_name_of_its_own_until_it_is_whole_is_no_hint(watcher: Watcher, hints: Hints, root: Path) -> None:
+    version = root / "flowers" / "1"
+    assert hints.come_after(version.mkdir)
+    writing = version / ".writing-1"
+    before = hints.count
+    for _ in range(100):
+        writing.write_bytes(b"x")
+    assert hints.come_after(lambda: writing.rename(version / "epoch-0001.pt"))
+    assert hints.count == before + 1
+    assert hints.models == {"flowers"} and hints.closed == {version / "epoch-0001.pt"}
+
+
+def test_links_that_are_exchanged_behind_a_dot_are_a_hint(watcher: Watcher, hints: Hints, root: Path) -> None:
+    """As Kubernetes does it: which models they lead to isn't known here."""
+    (root.parent / "first").mkdir()
+    assert hints.come_after(lambda: (root / "..data_tmp").symlink_to(root.parent / "first"))
+    assert hints.come_after(lambda: (root / "..data_tmp").rename(root / "..data"))
+    assert not hints.models and not hints.anything
+
+
+def test_a_directory_that_is_removed_may_have_changed_anyhow(watcher: Watcher, hints: Hints, root: Path) -> None:
+    shutil.rmtree(root / "flowers")
+    assert hints.come_after(root.rmdir)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not hints.anything and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert hints.anything
 
 
 def test_a_directory_that_was_replaced_is_watched_again(watcher: Watcher, hints: Hints, root: Path) -> None:

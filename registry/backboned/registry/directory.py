@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,8 @@ class Seen:
     """What one look at the directory found. `refused` has paths that can't be used as they are, with the reason.
 
     `deleted` are versions of which only a tombstone is left. `unreadable` has the models whose folder can't be looked
-    into, or not wholly, with the reason: of what isn't seen of these nothing is known.
+    into, or not wholly, with the reason: of what isn't seen of these nothing is known. `linked` are those in which
+    something is a link, so that it changes where that leads.
     """
 
     versions: dict[tuple[str, int], Signature] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Seen:
     deleted: set[tuple[str, int]] = field(default_factory=set)
     unseen: set[Path] = field(default_factory=set)
     unreadable: dict[str, str] = field(default_factory=dict)
+    linked: set[str] = field(default_factory=set)
 
     @property
     def nothing(self) -> bool:
@@ -192,22 +195,27 @@ class CheckpointDirectory:
             return Tombstone(name, key, str(next(iter(digests), "")))
         return Tombstone()
 
-    def scan(self) -> Seen:
-        """Look at everything that could be served, at names and signatures only. Raises `OSError` if there's no root.
+    def scan(self, models: Set[str] | None = None) -> Seen:
+        """Look at what could be served, of all models or of some: at names and signatures only.
 
-        Names that begin with a dot are passed over. A link that leads out of the directory is refused.
+        Names that begin with a dot are passed over. A link that leads out of the directory is refused. Raises `OSError`
+        if there's no root.
         """
         seen = Seen()
         real_root = os.path.realpath(self.root)
-        for folder in _entries(self.root):
+        for folder in _entries(self.root, models):
             if folder.name.startswith(".") or not _is_folder(folder):
                 continue
+            if folder.is_symlink():
+                seen.linked.add(folder.name)
             try:
                 for entry in _entries(folder.path):
                     version = _version(entry.name)
                     if entry.name.startswith(".") or not (version or entry.name.endswith(SUFFIXES)):
                         continue
                     linked = folder.is_symlink() or entry.is_symlink()
+                    if linked:
+                        seen.linked.add(folder.name)
                     try:
                         if not _seen_at_once(seen, folder.name, version, entry.path, linked=linked):
                             self._look(seen, Path(entry.path), real_root, linked=linked)
@@ -222,6 +230,23 @@ class CheckpointDirectory:
                 seen.unreadable[folder.name] = str(error)
                 seen.refused[Path(folder.path)] = _unseen(error)
         return seen
+
+    def scan_again(self, before: Seen, models: Set[str]) -> Seen:
+        """What is there where of `before` only some models may have changed. Raises `OSError` if there's no root."""
+        seen = self.scan(models)
+        return Seen(
+            {key: found for key, found in before.versions.items() if key[0] not in models} | seen.versions,
+            {path: drop for path, drop in before.drops.items() if drop.model not in models} | seen.drops,
+            {path: why for path, why in before.refused.items() if self.model_of(path) not in models} | seen.refused,
+            {key for key in before.deleted if key[0] not in models} | seen.deleted,
+            {path for path in before.unseen if self.model_of(path) not in models} | seen.unseen,
+            {model: why for model, why in before.unreadable.items() if model not in models} | seen.unreadable,
+            (before.linked - models) | seen.linked,
+        )
+
+    def model_of(self, path: Path) -> str:
+        """The model whose folder something is, or is in."""
+        return path.name if path.parent == self.root else path.parent.name
 
     def _look(self, seen: Seen, path: Path, real_root: str, *, linked: bool) -> None:
         """Look at one version, or one dropped file; `linked`: it is a link, or lies behind one."""
@@ -273,9 +298,9 @@ def _unseen(error: OSError) -> str:
     return f"it can't be looked at: {error.strerror}"
 
 
-def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
+def _entries(folder: str | Path, names: Set[str] | None = None) -> list["os.DirEntry[str]"]:
     with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+        return sorted((e for e in entries if names is None or e.name in names), key=lambda entry: entry.name)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

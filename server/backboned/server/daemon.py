@@ -243,9 +243,9 @@ class Daemon:
         await asyncio.gather(*(asyncio.to_thread(part.stop) for part in (self._memory, self._database_watch)))
         await self.http.stop()
 
-    async def _see_version(self, *_: object) -> None:
+    async def _see_version(self, model: str, _: int) -> None:
         """Wait until the loader has looked at a version that was just completed."""
-        await asyncio.wrap_future(self.loader.refresh())
+        await asyncio.wrap_future(self.loader.refresh({model}))
 
     async def _serve_once_looked(self) -> None:
         """Say that calls can be answered once it is known what there is to answer with."""

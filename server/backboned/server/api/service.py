@@ -186,15 +186,15 @@ class ModelService(Uploads, VersionService):
 
         rows = read()
         if model and not rows:
-            await self._look()
+            await self._look(model)
             if not (rows := read()):
                 known = self._rooms.loader.snapshot.models
                 if model not in known and not self._rooms.directory.versions(check_name(model)):
                     raise not_found("model", model, known, field="model")
         return rows
 
-    async def _look(self) -> None:
-        future = asyncio.wrap_future(self._rooms.loader.refresh())
+    async def _look(self, model: str) -> None:
+        future = asyncio.wrap_future(self._rooms.loader.refresh({model}))
         await asyncio.wait([future], timeout=_LOOK_SECONDS)
         future.cancel()
 

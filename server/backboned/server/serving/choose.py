@@ -60,7 +60,7 @@ class Chooser:
         deadline = started + patience
         while True:
             # What a look has loaded for this call is there at its end, even if the next look makes room for others.
-            snapshot = await self._look(deadline - time.monotonic())
+            snapshot = await self._look(targets, deadline - time.monotonic())
             try:
                 found = self._found(targets, snapshot)
             except _NotInMemory:
@@ -76,8 +76,8 @@ class Chooser:
     def _found(self, targets: Sequence[Target], snapshot: Snapshot) -> tuple[LoadedModel, ...]:
         return tuple(self._find(target, snapshot) for target in targets)
 
-    async def _look(self, patience_seconds: float) -> Snapshot:
-        future = asyncio.wrap_future(self._loader.refresh())
+    async def _look(self, targets: Sequence[Target], patience_seconds: float) -> Snapshot:
+        future = asyncio.wrap_future(self._loader.refresh({target.model for target in targets}))
         done, _ = await asyncio.wait([future], timeout=max(0.0, patience_seconds))
         future.cancel()
         return future.result() if done else self._loader.snapshot

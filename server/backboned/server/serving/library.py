@@ -1,6 +1,6 @@
 """What the loader knows of the checkpoint directory, and how that becomes a snapshot. No threads, no clock."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,9 @@ class Quarantine:
     manifest: Signature
     file: tuple[Signature | None, ...]
 
+
+Models = Set[str] | None
+"""Some models by name, or all there are."""
 
 _Told = tuple[VersionKey, Manifest, tuple[object, ...]]
 """A version, and all that its `KnownVersion` is made of."""
@@ -79,23 +82,31 @@ class Library:
         for path in self.drops.keys() & set(closed):
             self.drops[path] = replace(self.drops[path], closed=True)
 
-    def known(self, wanted: frozenset[VersionKey], used: Mapping[VersionKey, float] = MappingProxyType({})) -> Known:
+    def known(
+        self,
+        wanted: frozenset[VersionKey],
+        used: Mapping[VersionKey, float] = MappingProxyType({}),
+        models: Models = None,
+    ) -> Known:
         """What the plan needs to know: also which versions are `wanted`, and when each was `used` last."""
+        manifests = {key: manifest for key, manifest in self.manifests.items() if models is None or key[0] in models}
+        loaded = {key: model for key, model in self.loaded.items() if models is None or key[0] in models}
         return Known(
             used=used,
-            footprints={key: self._footprint(key) for key in self.manifests},
-            held={key: model.footprint for key, model in self.loaded.items()},
-            manifests=self.manifests,
-            loaded={key: model.sha256 for key, model in self.loaded.items()},
+            footprints={key: self._footprint(key) for key in manifests},
+            held={key: model.footprint for key, model in loaded.items()},
+            manifests=manifests,
+            loaded={key: model.sha256 for key, model in loaded.items()},
             quarantined=self.quarantine.keys(),
             drops=self.drops,
             wanted=wanted,
             policies=self.policies,
         )
 
-    def intend(self, todo: Plan) -> None:
+    def intend(self, todo: Plan, models: Models = None) -> None:
         """Note what is about to be loaded, and what there is no room for."""
         loading = {(a.manifest.model, a.manifest.version) for a in todo.actions if isinstance(a, Load)}
+        loading |= set() if models is None else {key for key in self.loading if key[0] not in models}
         # What was loaded on demand and now is being loaded: until it is there, nothing else answers for it.
         coming = {key: told for key, told in self.out.items() if told.arrival is Arrival.ON_DEMAND and key in loading}
         self.loading, self.out, self.fetching = loading, {**coming, **todo.out}, set()
@@ -130,21 +141,29 @@ class Library:
             {version for model, version in (*self.manifests, *self.deleted) if model == drop.model},
         )
 
-    def snapshot(self) -> Snapshot:
-        """An immutable copy for everyone else."""
+    def unsettled(self) -> set[str]:
+        """The models of which there are dropped files to look into."""
+        return {known.drop.model for known in self.drops.values() if known.state is DropState.WAITING}
+
+    def snapshot(self, models: Models = None) -> Snapshot:
+        """An immutable copy for everyone else, where of nothing but these `models` anything has changed."""
         told: dict[str, list[_Told]] = {}
         for key, manifest in self.manifests.items():
+            if models is not None and key[0] not in models:
+                continue
             loading = key in self.loading and (manifest.backbone in self.fetching or "now")
             of_version = (self.loaded.get(key), self.quarantine.get(key), loading, self.out.get(key))
             told.setdefault(key[0], []).append((key, manifest, of_version))
-        self._models = {name: self._model(name, what) for name, what in sorted(told.items())}
+        others = {} if models is None else {n: model for n, model in self._models.items() if n not in models}
+        made = {name: self._model(name, what) for name, what in told.items()}
+        self._models = dict(sorted((others | made).items()))
         refused = [*self._refused_versions(), *self._refused_drops()]
         refused += [RefusedFile(self._model_of(p), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
         served = {name: model for name, (_, model) in self._models.items()}
         return Snapshot(MappingProxyType(served), tuple(refused))
 
     def _model_of(self, path: Path) -> str:
-        return _text(path.name if path.parent == self.directory.root else path.parent.name)
+        return _text(self.directory.model_of(path))
 
     def _model(self, name: str, told: list[_Told]) -> tuple[object, KnownModel]:
         """A model with what is told of it; the same object as before if that is the same."""

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,9 +27,10 @@ from backboned.registry.signatures import Trust
 from backboned.registry.version import VersionReader
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.stages import LoadedStage, StageStore
+from backboned.server.serving.agenda import Agenda, Turn
 from backboned.server.serving.announce import Announcer
 from backboned.server.serving.fetching import Fetches
-from backboned.server.serving.library import Library
+from backboned.server.serving.library import Library, Models
 from backboned.server.serving.looking import Looks
 from backboned.server.serving.placing import Placer
 from backboned.server.serving.plan import Adopt, DropState, Limits, Load, Retire, VersionKey, plan
@@ -53,6 +54,9 @@ _PUBLISH_PAUSE = 10.0
 
 _ROOM_SECONDS = 0.05
 _ACT_SECONDS = 0.5
+_REST_SECONDS = 0.05
+"""What was left to further looks is gone on with so soon: whoever asks meanwhile needs a look at what they ask for."""
+
 _MAX_WANTED = 8
 
 
@@ -66,7 +70,7 @@ class LoaderSettings:
 
 
 class Loader:
-    """Owns the snapshot. `snapshot`, `hint`, `refresh`, `note_use` and `want` may be called from any thread."""
+    """Owns the snapshot. `snapshot`, `refresh`, `note_use` and `want` may be called from any thread."""
 
     def __init__(
         self,
@@ -102,15 +106,15 @@ class Loader:
         self._room = Room(self._placer, settings.limits.memory_bytes)
         self._library = Library(directory, self._placer.footprint)
         self._snapshot = Snapshot()
-        self._watcher = Watcher(directory.root, self.hint, settings.watch)
-        self._fetches = Fetches(weights, self.hint)
+        self._agenda = Agenda()
+        self._watcher = Watcher(directory.root, self._agenda, settings.watch)
+        self._fetches = Fetches(weights, self._agenda.everything)
         self._used: dict[VersionKey, float] = {}
         self._wanted: dict[VersionKey, None] = {}
-        self._waiters: list[Future[Snapshot]] = []
         self._lock = threading.Lock()
-        self._wake = threading.Event()
         self._stopping = False
         self._publish_at = 0.0
+        self._look_at_all_at = 0.0
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     @property
@@ -130,23 +134,15 @@ class Loader:
     def stop(self) -> None:
         """Stop after the action in progress, and wait for it."""
         self._stopping = True
-        self._wake.set()
+        self._agenda.close()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
         self._watcher.stop()
         self._fetches.stop()
 
-    def hint(self) -> None:
-        """Something may have changed: look soon."""
-        self._wake.set()
-
-    def refresh(self) -> "Future[Snapshot]":
-        """The snapshot after a look that begins after this call."""
-        future: Future[Snapshot] = Future()
-        with self._lock:
-            self._waiters.append(future)
-        self._wake.set()
-        return future
+    def refresh(self, models: Collection[str] | None = None) -> "Future[Snapshot]":
+        """The snapshot after a look, at some models or at all, that begins after this call."""
+        return self._agenda.asked(models)
 
     def note_use(self, model: str, version: int) -> None:
         """Somebody asks for a version: where memory is short, what was asked for last is kept."""
@@ -167,65 +163,77 @@ class Loader:
         with suppress(OSError):
             remove_abandoned(self._directory)
         while not self._stopping:
-            self._wake.clear()
             self._watcher.ensure()
-            with self._lock:
-                waiters, self._waiters = self._waiters, []
+            turn = self._agenda.take()
             try:
-                pause = self._round()
+                pause = self._round(turn)
             except Exception as error:  # a defect of ours must not end the loader: what is loaded serves on
                 log.exception("the loader failed")
                 self._looks.failed(f"the loader failed: {error!r}")
                 pause = self._settings.scan_interval_seconds
-            for waiter in waiters:
+            for waiter in turn.waiters:
                 if waiter.set_running_or_notify_cancel():
                     waiter.set_result(self._snapshot)
-            if self._wake.wait(pause):
+            if self._agenda.wait(pause):
                 time.sleep(_HINT_PAUSE_SECONDS)  # one look for a burst of events
-        for waiter in self._waiters:
-            waiter.cancel()
+        self._agenda.close()
 
-    def _round(self) -> float:
+    def _round(self, turn: Turn) -> float:
         """One look and all that follows from it; the seconds until the next one is due."""
+        now = time.monotonic()
         interval = self._settings.scan_interval_seconds
         if self._watcher.polling:
             interval = min(interval, _POLL_SECONDS)
-        seen = self._looks.look()
+        models = self._scope(turn, now)
+        if models is None:
+            self._look_at_all_at = now + interval
+        seen = self._looks.look(models)
         if seen is None:
             return interval
-        self._library.update(seen, time.monotonic(), self._watcher.closed())
+        self._library.update(seen, time.monotonic(), turn.closed)
         self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
-        limits = replace(self._settings.limits, memory_bytes=self._room.budget_bytes(now))
         for key in self._used.keys() - self._library.manifests.keys():
             del self._used[key]
-        todo = plan(self._library.known(self._wanted_versions(), dict(self._used)), now=now, limits=limits)
-        self._library.intend(todo)
+        # Some models alone are planned as if there were room for all: what there is none for waits for a look at all.
+        budget = self._room.budget_bytes(now) if models is None else None
+        known = self._library.known(self._wanted_versions(), dict(self._used), models)
+        todo = plan(known, now=now, limits=replace(self._settings.limits, memory_bytes=budget))
+        self._library.intend(todo, models)
         retired = [action for action in todo.actions if isinstance(action, Retire)]
         for each in retired:
             self._retire(each)
-        self._publish()  # and let go of what was retired
-        self._room.begin(retired=bool(retired))
-        all_done = self._act_on([action for action in todo.actions if not isinstance(action, Retire)])
-        self._publish()
+        self._publish(models)  # and let go of what was retired
+        self._room.begin(watch=bool(retired) or models is not None)
+        if not self._act_on([action for action in todo.actions if not isinstance(action, Retire)], models, turn):
+            self._look_at_all_at = time.monotonic() + _REST_SECONDS
+        self._publish(models)
         if self._held_up:
             there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
             self._held_up = {path: why for path, why in self._held_up.items() if path in there}
         self._troubles.tell(TroubleKind.LOADING, *self._held_up.values())
-        due = now + (interval if all_done else 0.0)
-        due = min(due, now + _ROOM_SECONDS) if self._room.waits else due
-        return max(0.0, min(due, due if todo.look_again_at is None else todo.look_again_at) - now)
+        due = [self._look_at_all_at, *([todo.look_again_at] if todo.look_again_at is not None else [])]
+        due += [now + _ROOM_SECONDS] if self._room.waits else []
+        return max(0.0, min(due) - now)
+
+    def _scope(self, turn: Turn, now: float) -> Models:
+        """The models that a look is at; None, all: regularly, and where it matters to all what is done to one."""
+        if turn.models is None or now >= self._look_at_all_at or self._room.waits or self._library.out:
+            return None
+        with suppress(OSError):
+            return self._looks.scope(turn.models | self._library.unsettled())
+        return None
 
     def _retire(self, action: Retire) -> None:
         if self._library.loaded.pop(action.key, None) is not None and action.evicted:
             log.info("%s version %d is out of memory: others were asked for later", *action.key)
             self._telemetry.evicted()
 
-    def _act_on(self, actions: Sequence[Load | Adopt]) -> bool:
+    def _act_on(self, actions: Sequence[Load | Adopt], models: Models, turn: Turn) -> bool:
         """Act, in order; whether all is done.
 
-        Versions that are loaded in a moment, such as heads, don't keep anyone waiting: when a while has passed, or
-        somebody asks for one of them, the others are left to further looks.
+        Versions that are loaded in a moment, such as heads, don't keep anyone waiting: when somebody asks for one of
+        them, or a while has passed and there is more to look at, the others are left to further looks.
         """
         ends = time.monotonic() + _ACT_SECONDS
         waiting = deque(actions)
@@ -233,8 +241,9 @@ class Loader:
             self._act(waiting.popleft())
             now = time.monotonic()
             if now > self._publish_at:
-                self._publish(whole=False)
-            if not (now > ends or self._waiters):
+                self._publish(models, whole=False)
+            late = now > ends and bool(turn.waiters or self._agenda.has_more)
+            if not (late or self._agenda.waited_for):
                 continue
             loads = [action.manifest for action in waiting if isinstance(action, Load)]
             if loads and self._placer.are_quick(loads):
@@ -302,13 +311,10 @@ class Loader:
         if version is None:
             return ""
         log.info("%s is adopted as %s version %d", drop.path, drop.model, version.manifest.version)
-        try:
+        self._agenda.changed({drop.model})  # the next look finds it, and makes room, or tells why it isn't served
+        with suppress(BackbonedError, *MEMORY_ERRORS):
             if self._room.fits(version.manifest):
                 self._library.add(self._placer.place(version))
-                return "adopted"
-        except (BackbonedError, *MEMORY_ERRORS):
-            pass
-        self.hint()  # it is on disk: the next look finds it, and makes room, or tells why it isn't served
         return "adopted"
 
     def _give_up(self, action: Load | Adopt, reason: str) -> None:
@@ -322,14 +328,17 @@ class Loader:
         with self._lock:
             return frozenset(self._wanted) | pinned
 
-    def _publish(self, *, whole: bool = True) -> None:
-        """Show what is known. Where a look isn't at its end, `whole`, only new stages are told of, and no new heads."""
+    def _publish(self, models: Models, *, whole: bool = True) -> None:
+        """Show what is known, of these models anew.
+
+        Where a look isn't at its end, `whole`, only new stages are told of, and no new heads.
+        """
         started = time.monotonic()
         paths = tuple(model.path for model in self._library.loaded.values())
         if paths != self._told and (whole or _foundations(paths) - _foundations(self._told)):
             self._told = paths
             self._on_loaded(paths)
-        before, self._snapshot = self._snapshot, self._library.snapshot()
+        before, self._snapshot = self._snapshot, self._library.snapshot(models)
         self._announcer.publish(before, self._snapshot)
         ended = time.monotonic()
         self._publish_at = ended + max(_PUBLISH_SECONDS, _PUBLISH_PAUSE * (ended - started))

@@ -1,6 +1,7 @@
 """Looking at the checkpoint directory: one that is empty is told from one that is gone."""
 
 import time
+from collections.abc import Set
 
 from backboned.registry.directory import CheckpointDirectory, Seen
 from backboned.server.serving.telemetry import ServingTelemetry
@@ -18,14 +19,28 @@ class Looks:
         self._telemetry = telemetry
         self._troubles = troubles
         self._seen_in: tuple[int, int] | None = None
+        self._seen: Seen | None = None
         self.succeeded = False
         """Whether the directory could be looked at since the start."""
 
-    def look(self) -> Seen | None:
-        """What is there; None if that can't be told: then all is as it was."""
+    def scope(self, models: Set[str]) -> Set[str] | None:
+        """Where only these may have changed, which models are to be looked at: also those behind links. None: all."""
+        if self._seen is None or self._seen_in is None or self._identity() != self._seen_in:
+            return None
+        return models | self._seen.linked
+
+    def look(self, models: Set[str] | None = None) -> Seen | None:
+        """What is there; None if that can't be told: then all is as it was.
+
+        Of what isn't in `models`, a `scope`, it is what the last look found.
+        """
+        before, self._seen = self._seen, None
         try:
             identity = self._identity()
-            seen = self._directory.scan()
+            if before is None or models is None:
+                seen = self._directory.scan()
+            else:
+                seen = self._directory.scan_again(before, models)
             if identity != self._identity():
                 return None  # it was changed for another one meanwhile: the next look sees that one alone
         except OSError as error:
@@ -42,6 +57,7 @@ class Looks:
             *(f"can't look at {m}: {why}" for m, why in seen.unreadable.items()),
             *(f"{path}: {seen.refused[path]}" for path in sorted(seen.unseen)),
         )
+        self._seen = seen
         self.succeeded = True
         self._telemetry.scanned(time.time())
         return seen

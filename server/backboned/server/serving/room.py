@@ -36,10 +36,13 @@ class Room:
             return self._limit
         return self._shortage[1] if self._limit is None else min(self._limit, self._shortage[1])
 
-    def begin(self, *, retired: bool) -> None:
-        """A look begins; where something was retired, or is waited for, what is loaded must fit beside what is left."""
+    def begin(self, *, watch: bool) -> None:
+        """A look begins; with `watch`, or where something is waited for, what is loaded must fit beside what is there.
+
+        That is more than the plan thought of where something was just retired, and where it saw some models only.
+        """
         budget = self.budget_bytes(time.monotonic())
-        watch = budget is not None and (retired or self._waits)
+        watch = watch or self._waits
         self._left = budget - self._placer.held_bytes() if watch and budget is not None else None
         self._waits = False
 

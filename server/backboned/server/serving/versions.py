@@ -50,7 +50,7 @@ class Versions:
         """The model called `name`; looks at the directory once more before saying no."""
         found = self._loader.snapshot.models.get(name)
         if found is None:
-            models = (await self._look()).models
+            models = (await self._look(name)).models
             found = models.get(name)
             if found is None:
                 raise not_found("model", name, models, field="model")
@@ -184,7 +184,7 @@ class Versions:
                     f"version {version} of {name} can't be deleted: {error.strerror or error}",
                     field="version",
                 ) from error
-            await self._look()
+            await self._look(name)
 
     async def finish_deletions(self) -> bool:
         """Finish what was being deleted when the daemon was killed, or couldn't be; tells whether nothing is left."""
@@ -239,18 +239,18 @@ class Versions:
             if time.monotonic() > deadline:
                 raise not_loaded(name, version)
             self._loader.want(name, version)
-            await self._look()
+            await self._look(name)
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _look(self) -> Snapshot:
-        future = asyncio.wrap_future(self._loader.refresh())
+    async def _look(self, name: str) -> Snapshot:
+        future = asyncio.wrap_future(self._loader.refresh({name}))
         await asyncio.wait([future], timeout=_LOOK_SECONDS)
         future.cancel()
         return self._loader.snapshot
 
     async def _changed(self, name: str) -> KnownModel:
         """The model once the loader has taken the change in."""
-        await self._look()
+        await self._look(name)
         return await self.model(name)
 
 

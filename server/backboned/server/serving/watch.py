@@ -1,15 +1,15 @@
-"""Watching the checkpoint directory: every event is a hint to look, and nothing more."""
+"""Watching the checkpoint directory: every event is a hint where to look, and nothing more."""
 
 import logging
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from watchdog.events import (
     EVENT_TYPE_CLOSED,
     EVENT_TYPE_CLOSED_NO_WRITE,
+    EVENT_TYPE_MODIFIED,
     EVENT_TYPE_MOVED,
     EVENT_TYPE_OPENED,
     FileSystemEvent,
@@ -39,27 +39,32 @@ def needs_polling(path: Path, mounts: str) -> bool:
     return kind.startswith(_REMOTE)
 
 
+class Told(Protocol):
+    """Who is told what has changed. Called from the observer's thread."""
+
+    def everything(self) -> None:
+        """Anything may have."""
+
+    def changed(self, models: Iterable[str], closed: Path | None = None) -> None:
+        """Something of these models; whoever wrote the file `closed` has closed it, or renamed it to what it is.
+
+        Without models: something that links may lead to.
+        """
+
+
 class Watcher:
-    """Calls `hint` soon after something below `root` changed, where the file system can tell.
+    """Tells of changes below `root` soon after they were made, where the file system can tell.
 
     Its owner looks regularly all the same; `ensure` (called by it, from one thread) mends a watch that was lost, as
     when the directory was replaced. `polling` says that the regular look is all there is.
     """
 
-    def __init__(self, root: Path, hint: Callable[[], None], mode: WatchMode = "auto") -> None:
+    def __init__(self, root: Path, told: Told, mode: WatchMode = "auto") -> None:
         self._root = root
-        self._handler = _Hints(hint)
-        self._real_root = root
+        self._told = told
         self._observer: BaseObserver | None = None
         self._watched: tuple[int, int] | None = None
         self.polling = mode == "polling" or (mode == "auto" and needs_polling(root.resolve(), _mounts()))
-
-    def closed(self) -> frozenset[Path]:
-        """The files that whoever wrote them has closed, or renamed to what they are, since the last call."""
-        real = self._real_root
-        return frozenset(
-            self._root / p.relative_to(real) for p in self._handler.take_closed() if p.is_relative_to(real)
-        )
 
     def ensure(self) -> None:
         """Watch the directory that is at `root` now."""
@@ -75,8 +80,8 @@ class Watcher:
         self.stop()
         observer = Observer()
         try:
-            self._real_root = Path(os.path.realpath(self._root))
-            observer.schedule(self._handler, str(self._real_root), recursive=True)  # it follows no link
+            real = os.path.realpath(self._root)
+            observer.schedule(_Handler(self._root, real, self._told), real, recursive=True)  # it follows no link
             observer.start()
         except OSError as error:  # such as the limit of inotify watches
             log.warning("can't watch %s (%s): looking every second instead", self._root, error)
@@ -92,25 +97,31 @@ class Watcher:
             self._observer = None
 
 
-class _Hints(FileSystemEventHandler):
-    def __init__(self, hint: Callable[[], None]) -> None:
-        self._hint = hint
-        self._closed: set[Path] = set()
-        self._lock = threading.Lock()
+class _Handler(FileSystemEventHandler):
+    """`root` is where the directory is for its owner, `real` where links lead to from there."""
+
+    def __init__(self, root: Path, real: str, told: Told) -> None:
+        self._root = root
+        self._real = real.rstrip(os.sep) + os.sep
+        self._told = told
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         # Our own looks open and close files: to take these for changes would never end.
         if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
             return
-        if event.event_type in (EVENT_TYPE_CLOSED, EVENT_TYPE_MOVED) and not event.is_directory:
-            with self._lock:
-                self._closed.add(Path(os.fsdecode(event.dest_path or event.src_path)))
-        self._hint()
-
-    def take_closed(self) -> frozenset[Path]:
-        with self._lock:
-            closed, self._closed = self._closed, set()
-        return frozenset(closed)
+        if event.is_directory and event.event_type == EVENT_TYPE_MODIFIED:
+            return  # what has changed in it is told, too
+        paths = [os.fsdecode(path) for path in (event.src_path, event.dest_path) if path]
+        if not all(path.startswith(self._real) for path in paths):
+            self._told.everything()
+            return
+        within = [Path(path[len(self._real) :]) for path in paths]
+        seen = [path for path in within if len(path.parts) == 1 or not path.name.startswith(".")]
+        if not seen:
+            return  # a file that is still being written under a name of its own
+        whole = event.event_type in (EVENT_TYPE_CLOSED, EVENT_TYPE_MOVED) and not event.is_directory
+        closed = self._root / within[-1] if whole else None
+        self._told.changed({path.parts[0] for path in seen if not path.parts[0].startswith(".")}, closed)
 
 
 def _mounts() -> str:

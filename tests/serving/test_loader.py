@@ -30,6 +30,7 @@ from backboned.server.database import open_database
 from backboned.server.ops.metrics import Metrics
 from backboned.server.serving.admission import Admission
 from backboned.server.serving.aliases import Aliases
+from backboned.server.serving.budget import Arrival
 from backboned.server.serving.calls import Call, Result, Target
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.engine import Engine
@@ -115,7 +116,7 @@ def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
         stack.callback(database.dispose)
         records = Records.of(database)
 
-        def start(known: Catalogue, root: Path = tmp_path) -> Loader:
+        def start(known: Catalogue, root: Path = tmp_path, limits: Limits = Limits()) -> Loader:  # noqa: B008 - immutable
             loader = Loader(
                 CheckpointDirectory(root),
                 known,
@@ -124,7 +125,7 @@ def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
                 telemetry=Metrics(version="0", torch_version="0", device="cpu"),
                 records=records,
                 troubles=troubles,
-                settings=LoaderSettings(scan_interval_seconds=0.2),
+                settings=LoaderSettings(scan_interval_seconds=0.2, limits=limits),
             )
             loader.start()
             stack.callback(loader.stop)
@@ -361,6 +362,31 @@ def test_a_defect_in_a_round_does_not_end_the_loader(
     (tmp_path / "m").mkdir()
     torch.save(state(1, 3), tmp_path / "m" / "model.pt")
     wait_for(loader, lambda: "m" in loader.snapshot.models and not troubles.now())
+
+
+def test_a_model_for_which_there_is_no_room_is_told_so_whichever_look_finds_it(
+    start_loader: StartLoader, tmp_path: Path
+) -> None:
+    """Looks at what has changed see that model alone: what else is in memory counts all the same."""
+    (backbone,) = list(catalogue())
+    size = sum(t.numel() * t.element_size() for t in seeded_state(backbone, 0).values())
+    loader = start_loader(catalogue(), limits=Limits(0.2, 1, memory_bytes=size * 3 // 2))
+    for seed, model in enumerate(("first", "second")):
+        (tmp_path / model).mkdir()
+        torch.save(state(seed, 3), tmp_path / model / "model.pt")
+        wait_for(loader, lambda model=model: model in loader.snapshot.models)  # type: ignore[misc]
+
+    def told(model: str) -> tuple[bool, Arrival | None]:
+        (version,) = loader.snapshot.models[model].versions.values()
+        return version.loaded is not None, version.arrival
+
+    wait_for(loader, lambda: {told("first"), told("second")} == {(True, None), (False, Arrival.ON_DEMAND)})
+    for model in ("second", "first", "second"):
+        loader.want(model, 1)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while told(model) != (True, None):
+            assert time.monotonic() < deadline
+            loader.refresh({model}).result(PATIENCE_SECONDS)
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name(room: Room) -> None:

@@ -1,5 +1,6 @@
 """The plan as a table: what is known goes in, what to do comes out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,35 @@ def test_until_what_is_to_serve_is_loaded_the_next_one_in_line_stays() -> None:
     result = planned(known)
     assert loads(result) == [4, 5]
     assert [a.key for a in result.actions if isinstance(a, Retire)] == [("m", 2)]
+
+
+keys = st.sets(st.tuples(st.sampled_from(["birds", "flowers", "rocks"]), st.integers(1, 4)))
+
+
+@settings(deadline=None)
+@given(of=st.tuples(keys, keys, keys, keys, keys), some=st.sets(st.sampled_from("bfr")))
+def test_a_plan_for_some_models_is_their_part_of_the_plan_for_all(
+    of: tuple[set[VersionKey], ...], some: set[str]
+) -> None:
+    """Where there is room for all, so that looks at what has changed do what a look at everything would."""
+    present, complete, in_memory, refused, wanted = of
+    known = Known(
+        {key: manifest(*key, complete=key in complete) for key in present},
+        {key: "-".join(map(str, key)) for key in in_memory},
+        refused,
+        wanted=wanted,
+    )
+    mine = {key for key in present | in_memory if key[0][0] in some}
+    part = replace(
+        known,
+        manifests={key: told for key, told in known.manifests.items() if key in mine},
+        loaded={key: digest for key, digest in known.loaded.items() if key in mine},
+    )
+
+    def keys_of(result: Plan, kind: type[Load | Retire]) -> list[VersionKey]:
+        actions = [action for action in result.actions if isinstance(action, kind)]
+        found = [a.key if isinstance(a, Retire) else (a.manifest.model, a.manifest.version) for a in actions]
+        return [key for key in found if key in mine]
+
+    for kind in (Load, Retire):
+        assert keys_of(planned(part), kind) == keys_of(planned(known), kind)

@@ -204,10 +204,12 @@ class CheckpointDirectory:
         seen = Seen()
         real_root = os.path.realpath(self.root)
         for folder in _entries(self.root, models):
-            if folder.name.startswith(".") or not _is_folder(folder):
+            if folder.name.startswith("."):
                 continue
             if folder.is_symlink():
                 seen.linked.add(folder.name)
+            if not _is_folder(folder):
+                continue
             try:
                 for entry in _entries(folder.path):
                     version = _version(entry.name)

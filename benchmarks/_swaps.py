@@ -116,8 +116,10 @@ def _tell(
     waits = [wait for r in found["with"] for wait in r["first_answer_ms"]]
     if waits:
         add(group, "complete to first answer", statistics.median(waits), "ms", note="waiting among 32 calls included")
-    growth = (memory[-1] - memory[0]) / 1e6
-    add(group, "memory, growth", growth, "MB", note=f"from {memory[0] / 1e6:.0f} MB, first to last round")
+    third = max(1, len(memory) // 3)
+    growth = (statistics.median(memory[-third:]) - statistics.median(memory[:third])) / 1e6
+    note = f"first to last third of {len(memory)} rounds; {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB"
+    add(group, "memory, growth", growth, "MB", note=note)
     group = f"{backbone}, a new version, one caller"
     for name, times in alone.items():
         note = f"{min(times):.0f} to {max(times):.0f}"

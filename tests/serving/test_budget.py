@@ -84,7 +84,7 @@ class Memory:
             policies=self.policies,
             wanted=self.wanted,
             used=self.used,
-            footprints=footprints,
+            footprint=lambda key: footprints[key],
             held={key: footprints[key] for key in self.loaded},
         )
         self.last = plan(known, now=now, limits=Limits(5.0, 1, self.budget))

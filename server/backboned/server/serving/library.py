@@ -93,7 +93,7 @@ class Library:
         loaded = {key: model for key, model in self.loaded.items() if models is None or key[0] in models}
         return Known(
             used=used,
-            footprints={key: self._footprint(key) for key in manifests},
+            footprint=self._footprint,
             held={key: model.footprint for key, model in loaded.items()},
             manifests=manifests,
             loaded={key: model.sha256 for key, model in loaded.items()},
@@ -110,6 +110,8 @@ class Library:
         # What was loaded on demand and now is being loaded: until it is there, nothing else answers for it.
         coming = {key: told for key, told in self.out.items() if told.arrival is Arrival.ON_DEMAND and key in loading}
         self.loading, self.out, self.fetching = loading, {**coming, **todo.out}, set()
+        for key in self._footprints.keys() - self.loading - self.out.keys():
+            del self._footprints[key]
 
     def add(self, model: LoadedModel) -> None:
         """Take in a version that was written and loaded just now, before the next look finds it."""

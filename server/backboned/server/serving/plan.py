@@ -5,7 +5,7 @@
 Nothing here touches a disk, a clock or a thread.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -99,8 +99,8 @@ class Plan:
 class Known:
     """What the loader knows: readable manifests, sha256 of what is loaded, versions that were refused, and policies.
 
-    `used` has the moment at which each version was last asked for, on a monotonic clock. `footprints` are those of the
-    manifests' best epochs, `held` those of what is loaded.
+    `used` has the moment at which each version was last asked for, on a monotonic clock. `footprint` tells that of a
+    manifest's best epoch, `held` has those of what is loaded.
     """
 
     manifests: Mapping[VersionKey, Manifest] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Known:
     wanted: Set[VersionKey] = frozenset()
     policies: Mapping[str, Policy] = field(default_factory=dict)
     used: Mapping[VersionKey, float] = field(default_factory=dict)
-    footprints: Mapping[VersionKey, Footprint] = field(default_factory=dict)
+    footprint: Callable[[VersionKey], Footprint] = lambda _: {}
     held: Mapping[VersionKey, Footprint] = field(default_factory=dict)
 
 
@@ -216,7 +216,7 @@ def _wishes(known: Known, desired: Mapping[VersionKey, _Desire], now: float) -> 
         if key in known.loaded:
             wishes.append((desire, key, _STAY, 1 if idle else 0, known.held.get(key, {})))
         if key not in known.quarantined and known.loaded.get(key) != known.manifests[key].best.sha256:
-            wishes.append((desire, key, _LOAD, 0 if idle else 1, known.footprints.get(key, {})))
+            wishes.append((desire, key, _LOAD, 0 if idle else 1, known.footprint(key)))
     wishes.sort(key=lambda w: (w[0].tier, -w[0].used, w[1][0], w[3], -w[1][1]))
     return [Wish((key, kind), stages) for _, key, kind, _, stages in wishes]
 

@@ -44,6 +44,7 @@ def shadow(bench: Bench, backbone: str) -> None:
             "with": partial(measure, "manual"),
         }
         found = in_rounds(1 if bench.settings.quick else _TURNS * bench.settings.rounds, steps)
+        client.set_version_policy(name, "manual", version=1)  # whichever came last
         seen = client.get_model(name).comparison.answers
     if not seen:
         raise SystemExit("the shadow has seen nothing")

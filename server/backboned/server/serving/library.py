@@ -55,8 +55,8 @@ class Library:
     _footprints: dict[VersionKey, tuple[Manifest, Footprint]] = field(default_factory=dict)
     _models: dict[str, tuple[object, KnownModel]] = field(default_factory=dict)
 
-    def update(self, seen: Seen, now: float, closed: Iterable[Path] = ()) -> None:
-        """Take in what one look found: read new manifests, note changed files, forget what is gone.
+    def update(self, seen: Seen, now: float, closed: Iterable[Path] = (), models: Models = None) -> None:
+        """Take in what one look, at these `models`, found: read new manifests, note changed files, forget what is gone.
 
         `closed` are files that whoever wrote them has closed since the last look. Of a model that can't be looked at,
         nothing is forgotten.
@@ -74,6 +74,8 @@ class Library:
         for key in seen.deleted - self.deleted.keys():
             self.deleted[key] = self.directory.tombstone(*key)
         for key, entry in list(self.quarantine.items()):
+            if models is not None and key[0] not in models:
+                continue
             changed = entry.manifest != self.signatures.get(key) or entry.file != self._file_signature(key)
             if changed and key[0] not in seen.unreadable:
                 del self.quarantine[key]

@@ -190,7 +190,7 @@ class Loader:
         seen = self._looks.look(models)
         if seen is None:
             return interval
-        self._library.update(seen, time.monotonic(), turn.closed)
+        self._library.update(seen, time.monotonic(), turn.closed, models)
         self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
         for key in self._used.keys() - self._library.manifests.keys():

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from backboned.registry.adoption import MARKER_NAME, remove_abandoned
-from backboned.registry.directory import CheckpointDirectory, Drop, Seen, Signature, look_alike
+from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.lock import locked
+from backboned.registry.look import Drop, Seen, Signature, look_alike
 
 
 @pytest.fixture

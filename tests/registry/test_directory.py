@@ -10,8 +10,9 @@ from tempfile import mkdtemp
 
 import pytest
 
-from backboned.registry.directory import CheckpointDirectory, Seen, Signature, Tombstone
+from backboned.registry.directory import CheckpointDirectory, Tombstone
 from backboned.registry.errors import BackbonedError
+from backboned.registry.look import Seen, Signature
 
 
 @pytest.fixture

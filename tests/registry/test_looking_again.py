@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backboned.registry.directory import CheckpointDirectory, Seen
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.look import Part, Seen
 
 MODELS = ("birds", "flowers", "not a name", "linked")
 ENTRIES = ("1", "2", "a.pt", "b.safetensors", "notes.txt")
@@ -21,6 +22,12 @@ CHANGES = st.lists(
     min_size=1,
     max_size=8,
 )
+
+
+def _part(kind: str, model: str, name: str) -> Part:
+    """What an event names: a version alone, unless it may be a link, or was none before."""
+    alone = name.isdigit() and kind in ("version", "tombstone", "folder")
+    return model, int(name) if alone else None
 
 
 def change(root: Path, kind: str, model: str, name: str) -> None:
@@ -57,8 +64,8 @@ def test_what_changed_is_all_that_must_be_looked_at(turns: list[list[tuple[str, 
         for changes in turns:
             for kind, model, name in changes:
                 change(root, kind, model, name)
-            touched = {model for _, model, _ in changes}
-            seen = directory.scan_again(seen, touched | seen.linked)
+            parts = {_part(*each) for each in changes} | {(model, None) for model in seen.linked}
+            seen = directory.scan_again(seen, parts)
             assert seen == directory.scan()
 
 
@@ -67,6 +74,9 @@ def test_others_are_not_looked_at(tmp_path: Path) -> None:
     for model in ("birds", "flowers"):
         (tmp_path / model).mkdir()
         (tmp_path / model / "a.pt").write_bytes(b"x")
-    seen = directory.scan_again(Seen(), {"birds"})
+    seen = directory.scan_again(Seen(), {("birds", None)})
     assert {drop.model for drop in seen.drops.values()} == {"birds"}
-    assert {drop.model for drop in directory.scan_again(seen, {"flowers"}).drops.values()} == {"birds", "flowers"}
+    assert {drop.model for drop in directory.scan_again(seen, {("flowers", None)}).drops.values()} == {
+        "birds",
+        "flowers",
+    }

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backboned.registry import Preprocessing
-from backboned.registry.directory import Drop, Signature
+from backboned.registry.look import Drop, Signature
 from backboned.registry.manifest import Epoch, Manifest
 from backboned.registry.task import Task
 from backboned.server.serving.plan import (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from backboned.registry.look import Part
 from backboned.server.serving.watch import Watcher, WatchMode, needs_polling
 
 TIMEOUT_SECONDS = 30.0
@@ -30,7 +31,7 @@ class Hints:
 
     def __init__(self) -> None:
         self.count = 0
-        self.models: set[str] = set()
+        self.parts: set[Part] = set()
         self.closed: set[Path] = set()
         self.anything = False
         self._came = threading.Event()
@@ -39,10 +40,14 @@ class Hints:
         self.anything = True
         self._told()
 
-    def changed(self, models: Iterable[str], closed: Path | None = None) -> None:
-        self.models |= set(models)
+    def changed(self, parts: Iterable[Part], closed: Path | None = None) -> None:
+        self.parts |= set(parts)
         self.closed |= set() if closed is None else {closed}
         self._told()
+
+    @property
+    def models(self) -> set[str]:
+        return {model for model, _ in self.parts}
 
     def _told(self) -> None:
         self.count += 1
@@ -158,7 +163,7 @@ def test_what_has_a_name_of_its_own_until_it_is_whole_is_no_hint(watcher: Watche
         writing.write_bytes(b"x")
     assert hints.come_after(lambda: writing.rename(version / "epoch-0001.pt"))
     assert hints.count == before + 1
-    assert hints.models == {"flowers"} and hints.closed == {version / "epoch-0001.pt"}
+    assert hints.parts == {("flowers", 1)} and hints.closed == {version / "epoch-0001.pt"}
 
 
 def test_links_that_are_exchanged_behind_a_dot_are_a_hint(watcher: Watcher, hints: Hints, root: Path) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path
-from backboned.registry.directory import CheckpointDirectory, Drop
+from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError
 from backboned.registry.lock import abandoned, locked
+from backboned.registry.look import Drop
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
 from backboned.registry.signatures import write_signature
 from backboned.registry.told import says_the_same

@@ -9,8 +9,8 @@ import torch
 
 from backboned.registry.answers import Answers
 from backboned.registry.backbone import Backbone, Preprocessing
-from backboned.registry.directory import Drop
 from backboned.registry.errors import BackbonedError
+from backboned.registry.look import Drop
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.payload import Payload
 from backboned.registry.recognise import Recognised

@@ -18,9 +18,10 @@ from backboned.registry.answers import Answers
 from backboned.registry.atomic import TEMPORARY_PREFIX, sync_path, write_atomically
 from backboned.registry.backbone import Backbone
 from backboned.registry.digest import DigestingFile, file_digest
-from backboned.registry.directory import CheckpointDirectory, Drop
+from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.inside import open_inside
 from backboned.registry.lock import locked
+from backboned.registry.look import Drop
 from backboned.registry.manifest import Epoch, EpochMetrics, Manifest
 from backboned.registry.payload import glance, read_payload
 from backboned.registry.recognise import Recognised, Recogniser

@@ -6,17 +6,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from backboned.registry.look import Part
 from backboned.server.serving.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What has come up since the last look: models to look at (None: all there are), and files that were closed.
+    """What has come up since the last look: parts to look at (None: everything), and files that were closed.
 
     `waiters` get the snapshot after the look.
     """
 
-    models: frozenset[str] | None
+    parts: frozenset[Part] | None
     closed: frozenset[Path]
     waiters: tuple["Future[Snapshot]", ...]
 
@@ -28,7 +29,7 @@ class Agenda:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._all = False
-        self._models: set[str] = set()
+        self._parts: set[Part] = set()
         self._closed: set[Path] = set()
         self._waiters: list[Future[Snapshot]] = []
 
@@ -48,10 +49,10 @@ class Agenda:
             self._all = True
         self._wake.set()
 
-    def changed(self, models: Iterable[str], closed: Path | None = None) -> None:
-        """Something of these models has; whoever wrote the file `closed` has closed it, or renamed it to what it is."""
+    def changed(self, parts: Iterable[Part], closed: Path | None = None) -> None:
+        """Something of these has; whoever wrote the file `closed` has closed it, or renamed it to what it is."""
         with self._lock:
-            self._models.update(models)
+            self._parts.update(parts)
             if closed is not None:
                 self._closed.add(closed)
         self._wake.set()
@@ -62,7 +63,7 @@ class Agenda:
         with self._lock:
             self._waiters.append(future)
             self._all = self._all or models is None
-            self._models.update(models or ())
+            self._parts.update((model, None) for model in models or ())
         self._wake.set()
         return future
 
@@ -70,8 +71,8 @@ class Agenda:
         """All that has come up: the next look is to see to it."""
         self._wake.clear()
         with self._lock:
-            turn = Turn(None if self._all else frozenset(self._models), frozenset(self._closed), tuple(self._waiters))
-            self._all, self._models, self._closed, self._waiters = False, set(), set(), []
+            turn = Turn(None if self._all else frozenset(self._parts), frozenset(self._closed), tuple(self._waiters))
+            self._all, self._parts, self._closed, self._waiters = False, set(), set(), []
         return turn
 
     def wait(self, seconds: float) -> bool:

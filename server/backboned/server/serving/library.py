@@ -6,8 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from backboned.registry.adoption import Before
-from backboned.registry.directory import CheckpointDirectory, Drop, Seen, Signature, Tombstone, look_alike
+from backboned.registry.directory import CheckpointDirectory, Tombstone
 from backboned.registry.errors import BackbonedError
+from backboned.registry.look import Drop, Seen, Signature, look_alike, model_of
 from backboned.registry.manifest import MANIFEST_NAME, Manifest
 from backboned.registry.signatures import signature_path
 from backboned.server.serving.budget import Arrival, Footprint
@@ -27,9 +28,6 @@ class Quarantine:
 
 Models = Set[str] | None
 """Some models by name, or all there are."""
-
-_Told = tuple[VersionKey, Manifest, tuple[object, ...]]
-"""A version, and all that its `KnownVersion` is made of."""
 
 
 @dataclass
@@ -53,7 +51,8 @@ class Library:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     deleted: dict[VersionKey, Tombstone] = field(default_factory=dict)
     _footprints: dict[VersionKey, tuple[Manifest, Footprint]] = field(default_factory=dict)
-    _models: dict[str, tuple[object, KnownModel]] = field(default_factory=dict)
+    _models: dict[str, KnownModel] = field(default_factory=dict)
+    _versions: dict[VersionKey, tuple[object, KnownVersion]] = field(default_factory=dict)
 
     def update(self, seen: Seen, now: float, closed: Iterable[Path] = (), models: Models = None) -> None:
         """Take in what one look, at these `models`, found: read new manifests, note changed files, forget what is gone.
@@ -66,7 +65,7 @@ class Library:
             if key[0] in seen.unreadable or self.directory.version(*key) in seen.unseen:
                 continue
             del self.signatures[key]
-            for known in (self.manifests, self.quarantine, self._footprints):
+            for known in (self.manifests, self.quarantine, self._footprints, self._versions):
                 known.pop(key, None)
         for key, signature in seen.versions.items():
             if self.signatures.get(key) != signature:
@@ -150,33 +149,28 @@ class Library:
         return {known.drop.model for known in self.drops.values() if known.state is DropState.WAITING}
 
     def snapshot(self, models: Models = None) -> Snapshot:
-        """An immutable copy for everyone else, where of nothing but these `models` anything has changed."""
-        told: dict[str, list[_Told]] = {}
+        """An immutable copy for everyone else, where of nothing but these `models` anything has changed.
+
+        A model, or a version, of which all is as it was is the same object as before.
+        """
+        told: dict[str, dict[int, KnownVersion]] = {}
         for key, manifest in self.manifests.items():
-            if models is not None and key[0] not in models:
-                continue
-            loading = key in self.loading and (manifest.backbone in self.fetching or "now")
-            of_version = (self.loaded.get(key), self.quarantine.get(key), loading, self.out.get(key))
-            told.setdefault(key[0], []).append((key, manifest, of_version))
-        others = {} if models is None else {n: model for n, model in self._models.items() if n not in models}
-        made = {name: self._model(name, what) for name, what in told.items()}
-        self._models = dict(sorted((others | made).items()))
+            if models is None or key[0] in models:
+                told.setdefault(key[0], {})[key[1]] = self._version(key, manifest)
+        same = {} if models is None else {name: model for name, model in self._models.items() if name not in models}
+        self._models = dict(sorted((same | {name: self._model(name, what) for name, what in told.items()}).items()))
         refused = [*self._refused_versions(), *self._refused_drops()]
         refused += [RefusedFile(self._model_of(p), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
-        served = {name: model for name, (_, model) in self._models.items()}
-        return Snapshot(MappingProxyType(served), tuple(refused))
+        return Snapshot(MappingProxyType(self._models), tuple(refused))
 
     def _model_of(self, path: Path) -> str:
-        return _text(self.directory.model_of(path))
+        return _text(model_of(self.directory.root, path))
 
-    def _model(self, name: str, told: list[_Told]) -> tuple[object, KnownModel]:
-        """A model with what is told of it; the same object as before if that is the same."""
-        policy = self.policies.get(name, Policy())
-        before = self._models.get(name)
-        if before is not None and before[0] == (told, policy):
+    def _model(self, name: str, versions: dict[int, KnownVersion]) -> KnownModel:
+        before, policy = self._models.get(name), self.policies.get(name, Policy())
+        if before is not None and before.policy == policy and before.versions == versions:
             return before
-        versions = {key[1]: self._version(key, manifest) for key, manifest, _ in told}
-        return (told, policy), KnownModel(name, MappingProxyType(versions), policy)
+        return KnownModel(name, MappingProxyType(versions), policy)
 
     def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
         self.signatures[key] = signature
@@ -213,6 +207,14 @@ class Library:
         return KnownDrop(drop, now)
 
     def _version(self, key: VersionKey, manifest: Manifest) -> KnownVersion:
+        loading = key in self.loading and (manifest.backbone in self.fetching or "now")
+        told = (manifest, self.loaded.get(key), self.quarantine.get(key), loading, self.out.get(key))
+        before = self._versions.get(key)
+        if before is None or before[0] != told:
+            before = self._versions[key] = told, self._known_version(key, manifest)
+        return before[1]
+
+    def _known_version(self, key: VersionKey, manifest: Manifest) -> KnownVersion:
         loaded = self.loaded.get(key)
         entry = self.quarantine.get(key)
         if entry is not None:

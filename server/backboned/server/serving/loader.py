@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from backboned.registry.adoption import remove_abandoned
 from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.look import Part
 from backboned.registry.manifest import Manifest
 from backboned.registry.recognise import Recogniser
 from backboned.registry.refusal import IncompleteFile
@@ -184,10 +185,11 @@ class Loader:
         interval = self._settings.scan_interval_seconds
         if self._watcher.polling:
             interval = min(interval, _POLL_SECONDS)
-        models = self._scope(turn, now)
+        parts = self._scope(turn, now)
+        models = None if parts is None else {model for model, _ in parts}
         if models is None:
             self._look_at_all_at = now + interval
-        seen = self._looks.look(models)
+        seen = self._looks.look(parts)
         if seen is None:
             return interval
         self._library.update(seen, time.monotonic(), turn.closed, models)
@@ -203,9 +205,11 @@ class Loader:
         retired = [action for action in todo.actions if isinstance(action, Retire)]
         for each in retired:
             self._retire(each)
-        self._publish(models)  # and let go of what was retired
+        coming = [action for action in todo.actions if not isinstance(action, Retire)]
+        if not self._are_quick(coming):
+            self._publish(models)  # and let go of what was retired
         self._room.begin(watch=bool(retired) or models is not None)
-        if not self._act_on([action for action in todo.actions if not isinstance(action, Retire)], models, turn):
+        if not self._act_on(coming, models, turn):
             self._look_at_all_at = time.monotonic() + _REST_SECONDS
         self._publish(models)
         if self._held_up:
@@ -216,12 +220,12 @@ class Loader:
         due += [now + _ROOM_SECONDS] if self._room.waits else []
         return max(0.0, min(due) - now)
 
-    def _scope(self, turn: Turn, now: float) -> Models:
-        """The models that a look is at; None, all: regularly, and where it matters to all what is done to one."""
-        if turn.models is None or now >= self._look_at_all_at or self._room.waits or self._library.out:
+    def _scope(self, turn: Turn, now: float) -> Set[Part] | None:
+        """What to look at; None, everything: regularly, and where it matters to all models what is done to one."""
+        if turn.parts is None or now >= self._look_at_all_at or self._room.waits or self._library.out:
             return None
         with suppress(OSError):
-            return self._looks.scope(turn.models | self._library.unsettled())
+            return self._looks.scope(turn.parts | {(model, None) for model in self._library.unsettled()})
         return None
 
     def _retire(self, action: Retire) -> None:
@@ -245,13 +249,15 @@ class Loader:
             late = now > ends and bool(turn.waiters or self._agenda.has_more)
             if not (late or self._agenda.waited_for):
                 continue
-            loads = [action.manifest for action in waiting if isinstance(action, Load)]
-            if loads and self._placer.are_quick(loads):
+            if any(isinstance(action, Load) for action in waiting) and self._are_quick(waiting):
                 for action in waiting:
                     if isinstance(action, Adopt):
                         self._act(action)
                 return False
         return True
+
+    def _are_quick(self, actions: Iterable[Load | Adopt]) -> bool:
+        return self._placer.are_quick([action.manifest for action in actions if isinstance(action, Load)])
 
     def _act(self, action: Load | Adopt) -> None:
         started = time.monotonic()
@@ -311,7 +317,9 @@ class Loader:
         if version is None:
             return ""
         log.info("%s is adopted as %s version %d", drop.path, drop.model, version.manifest.version)
-        self._agenda.changed({drop.model})  # the next look finds it, and makes room, or tells why it isn't served
+        self._agenda.changed(
+            {(drop.model, None)}
+        )  # the next look finds it, and makes room, or tells why it isn't served
         with suppress(BackbonedError, *MEMORY_ERRORS):
             if self._room.fits(version.manifest):
                 self._library.add(self._placer.place(version))

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Set
 
-from backboned.registry.directory import CheckpointDirectory, Seen
+from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.look import Part, Seen
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.troubles import TroubleKind, Troubles
 
@@ -23,24 +24,24 @@ class Looks:
         self.succeeded = False
         """Whether the directory could be looked at since the start."""
 
-    def scope(self, models: Set[str]) -> Set[str] | None:
-        """Where only these may have changed, which models are to be looked at: also those behind links. None: all."""
+    def scope(self, parts: Set[Part]) -> Set[Part] | None:
+        """What to look at where only these parts may have changed: also all that is behind links. None: everything."""
         if self._seen is None or self._seen_in is None or self._identity() != self._seen_in:
             return None
-        return models | self._seen.linked
+        return parts | {(model, None) for model in self._seen.linked}
 
-    def look(self, models: Set[str] | None = None) -> Seen | None:
+    def look(self, parts: Set[Part] | None = None) -> Seen | None:
         """What is there; None if that can't be told: then all is as it was.
 
-        Of what isn't in `models`, a `scope`, it is what the last look found.
+        Of what isn't in `parts`, a `scope`, it is what the last look found.
         """
         before, self._seen = self._seen, None
         try:
             identity = self._identity()
-            if before is None or models is None:
+            if before is None or parts is None:
                 seen = self._directory.scan()
             else:
-                seen = self._directory.scan_again(before, models)
+                seen = self._directory.scan_again(before, parts)
             if identity != self._identity():
                 return None  # it was changed for another one meanwhile: the next look sees that one alone
         except OSError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from backboned.registry.directory import Drop
+from backboned.registry.look import Drop
 from backboned.registry.manifest import Manifest
 from backboned.server.serving.budget import Arrival, Footprint, Wish, fit
 from backboned.server.serving.policy import Policy, candidates, shadow

@@ -25,11 +25,12 @@ class State(Enum):
     QUARANTINED = "QUARANTINED"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedModel:
     """One epoch of one version in memory: its path of stages, the head last, and its `answers`, if any, on the device.
 
-    Holding it keeps its stages alive; when the last holder lets go, what nobody else shares is freed.
+    Holding it keeps its stages alive; when the last holder lets go, what nobody else shares is freed. It equals nothing
+    but itself.
     """
 
     manifest: Manifest

@@ -7,18 +7,33 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from watchdog.events import (
-    EVENT_TYPE_CLOSED,
-    EVENT_TYPE_CLOSED_NO_WRITE,
-    EVENT_TYPE_MODIFIED,
-    EVENT_TYPE_MOVED,
-    EVENT_TYPE_OPENED,
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
     FileSystemEvent,
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
+from backboned.registry.look import Part, version_number
+
 log = logging.getLogger(__name__)
+
+_EVENTS = [
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
+]
+"""The others say nothing new, cost their time, or come of our own looks."""
 
 WatchMode = Literal["auto", "inotify", "polling"]
 
@@ -45,10 +60,10 @@ class Told(Protocol):
     def everything(self) -> None:
         """Anything may have."""
 
-    def changed(self, models: Iterable[str], closed: Path | None = None) -> None:
-        """Something of these models; whoever wrote the file `closed` has closed it, or renamed it to what it is.
+    def changed(self, parts: Iterable[Part], closed: Path | None = None) -> None:
+        """Something of these; whoever wrote the file `closed` has closed it, or renamed it to what it is.
 
-        Without models: something that links may lead to.
+        Without parts: something that links may lead to.
         """
 
 
@@ -81,7 +96,8 @@ class Watcher:
         observer = Observer()
         try:
             real = os.path.realpath(self._root)
-            observer.schedule(_Handler(self._root, real, self._told), real, recursive=True)  # it follows no link
+            handler = _Handler(self._root, real, self._told)
+            observer.schedule(handler, real, recursive=True, event_filter=_EVENTS)  # it follows no link
             observer.start()
         except OSError as error:  # such as the limit of inotify watches
             log.warning("can't watch %s (%s): looking every second instead", self._root, error)
@@ -106,11 +122,6 @@ class _Handler(FileSystemEventHandler):
         self._told = told
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        # Our own looks open and close files: to take these for changes would never end.
-        if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
-            return
-        if event.is_directory and event.event_type == EVENT_TYPE_MODIFIED:
-            return  # what has changed in it is told, too
         paths = [os.fsdecode(path) for path in (event.src_path, event.dest_path) if path]
         if not all(path.startswith(self._real) for path in paths):
             self._told.everything()
@@ -119,9 +130,16 @@ class _Handler(FileSystemEventHandler):
         seen = [path for path in within if len(path.parts) == 1 or not path.name.startswith(".")]
         if not seen:
             return  # a file that is still being written under a name of its own
-        whole = event.event_type in (EVENT_TYPE_CLOSED, EVENT_TYPE_MOVED) and not event.is_directory
-        closed = self._root / within[-1] if whole else None
-        self._told.changed({path.parts[0] for path in seen if not path.parts[0].startswith(".")}, closed)
+        closed = self._root / within[-1] if isinstance(event, FileClosedEvent | FileMovedEvent) else None
+        parts = [_part(path, is_directory=event.is_directory) for path in seen]
+        self._told.changed([part for part in parts if not part[0].startswith(".")], closed)
+
+
+def _part(path: Path, *, is_directory: bool) -> Part:
+    """The version that a path is of, or the model, where it is of no version, or could be a link to one."""
+    model, *names = path.parts
+    inside = len(names) > 1 or (names and is_directory)
+    return model, version_number(names[0]) if inside else None
 
 
 def _mounts() -> str:

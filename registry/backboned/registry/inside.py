@@ -1,9 +1,13 @@
 """Files of the checkpoint directory, opened only if they are files and lie within it."""
 
+import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+_NO_FILE = (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
+"""Opening what is there fails so at every try: a link to itself, a socket, a name that no file can have."""
 
 
 def leads_out(path: Path, root: Path | str) -> bool:
@@ -19,7 +23,12 @@ def open_inside(path: Path, root: Path) -> BinaryIO:
     """
     if leads_out(path, root):
         raise ValueError("it is a link that leads out of the checkpoint directory")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise ValueError(f"it is not a file: {error.strerror}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is not a file")

@@ -8,11 +8,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path as FilePath
 
 import torch
 
@@ -21,22 +20,21 @@ from backboned.registry.catalogue import Catalogue
 from backboned.registry.directory import CheckpointDirectory
 from backboned.registry.errors import BackbonedError, ErrorKind
 from backboned.registry.look import Part
-from backboned.registry.manifest import Manifest
 from backboned.registry.recognise import Recogniser
-from backboned.registry.refusal import IncompleteFile
 from backboned.registry.signatures import Trust
 from backboned.registry.version import VersionReader
 from backboned.registry.weights import WeightStore
 from backboned.server.compute.stages import LoadedStage, StageStore
+from backboned.server.serving.acting import Actor
 from backboned.server.serving.agenda import Agenda, Turn
 from backboned.server.serving.announce import Announcer
 from backboned.server.serving.fetching import Fetches
 from backboned.server.serving.library import Library, Models
 from backboned.server.serving.looking import Looks
 from backboned.server.serving.placing import Placer
-from backboned.server.serving.plan import Adopt, DropState, Limits, Load, Retire, VersionKey, plan
+from backboned.server.serving.plan import Adopt, Limits, Load, Retire, VersionKey, plan
 from backboned.server.serving.records import Records
-from backboned.server.serving.room import MEMORY_ERRORS, Room
+from backboned.server.serving.room import Room
 from backboned.server.serving.snapshot import Snapshot
 from backboned.server.serving.telemetry import ServingTelemetry
 from backboned.server.serving.watch import Watcher, WatchMode
@@ -97,19 +95,27 @@ class Loader:
         self._records = records
         self._troubles = troubles
         self._looks = Looks(directory, telemetry, troubles)
-        self._held_up: dict[FilePath, str] = {}
         self._announcer = Announcer(telemetry, records.history)
         self._on_loaded = on_loaded
         self._told: Sequence[Path] = ()
-        self._reader = VersionReader(directory, Recogniser(catalogue), weights, trust)
         self._on_cpu = stages.device.device.type == "cpu"
-        self._placer = Placer(stages, catalogue, telemetry)
-        self._room = Room(self._placer, settings.limits.memory_bytes)
-        self._library = Library(directory, self._placer.footprint)
+        placer = Placer(stages, catalogue, telemetry)
+        self._room = Room(placer, settings.limits.memory_bytes)
+        self._library = Library(directory, placer.footprint)
         self._snapshot = Snapshot()
         self._agenda = Agenda()
         self._watcher = Watcher(directory.root, self._agenda, settings.watch)
         self._fetches = Fetches(weights, self._agenda.everything)
+        self._actor = Actor(
+            directory,
+            self._library,
+            VersionReader(directory, Recogniser(catalogue), weights, trust),
+            placer,
+            room=self._room,
+            fetches=self._fetches,
+            telemetry=telemetry,
+            changed=self._agenda.changed,
+        )
         self._used: dict[VersionKey, float] = {}
         self._wanted: dict[VersionKey, None] = {}
         self._lock = threading.Lock()
@@ -204,21 +210,18 @@ class Loader:
         self._library.intend(todo, models)
         retired = [action for action in todo.actions if isinstance(action, Retire)]
         for each in retired:
-            self._retire(each)
+            self._actor.retire(each)
         coming = [action for action in todo.actions if not isinstance(action, Retire)]
-        if not self._are_quick(coming):
+        if any(isinstance(action, Adopt) for action in coming) or not self._actor.are_quick(coming):
             self._publish(models)  # and let go of what was retired
         self._room.begin(watch=bool(retired) or models is not None)
         if not self._act_on(coming, models, turn):
             self._look_at_all_at = time.monotonic() + _REST_SECONDS
         self._publish(models)
-        if self._held_up:
-            there = self._library.drops.keys() | {self._directory.version(*key) for key in self._library.manifests}
-            self._held_up = {path: why for path, why in self._held_up.items() if path in there}
-        self._troubles.tell(TroubleKind.LOADING, *self._held_up.values())
-        due = [self._look_at_all_at, *([todo.look_again_at] if todo.look_again_at is not None else [])]
-        due += [now + _ROOM_SECONDS] if self._room.waits else []
-        return max(0.0, min(due) - now)
+        self._troubles.tell(TroubleKind.LOADING, *self._actor.held_up())
+        due = self._look_at_all_at if todo.look_again_at is None else min(self._look_at_all_at, todo.look_again_at)
+        pause = max(0.0, due - time.monotonic())
+        return min(pause, _ROOM_SECONDS) if self._room.waits else pause
 
     def _scope(self, turn: Turn, now: float) -> Set[Part] | None:
         """What to look at; None, everything: regularly, and where it matters to all models what is done to one."""
@@ -227,11 +230,6 @@ class Loader:
         with suppress(OSError):
             return self._looks.scope(turn.parts | {(model, None) for model in self._library.unsettled()})
         return None
-
-    def _retire(self, action: Retire) -> None:
-        if self._library.loaded.pop(action.key, None) is not None and action.evicted:
-            log.info("%s version %d is out of memory: others were asked for later", *action.key)
-            self._telemetry.evicted()
 
     def _act_on(self, actions: Sequence[Load | Adopt], models: Models, turn: Turn) -> bool:
         """Act, in order; whether all is done.
@@ -242,94 +240,19 @@ class Loader:
         ends = time.monotonic() + _ACT_SECONDS
         waiting = deque(actions)
         while waiting and not self._stopping:
-            self._act(waiting.popleft())
+            self._actor.act(waiting.popleft())
             now = time.monotonic()
             if now > self._publish_at:
                 self._publish(models, whole=False)
             late = now > ends and bool(turn.waiters or self._agenda.has_more)
             if not (late or self._agenda.waited_for):
                 continue
-            if any(isinstance(action, Load) for action in waiting) and self._are_quick(waiting):
+            if any(isinstance(action, Load) for action in waiting) and self._actor.are_quick(waiting):
                 for action in waiting:
                     if isinstance(action, Adopt):
-                        self._act(action)
+                        self._actor.act(action)
                 return False
         return True
-
-    def _are_quick(self, actions: Iterable[Load | Adopt]) -> bool:
-        return self._placer.are_quick([action.manifest for action in actions if isinstance(action, Load)])
-
-    def _act(self, action: Load | Adopt) -> None:
-        started = time.monotonic()
-        try:
-            result = self._load(action.manifest) if isinstance(action, Load) else self._adopt(action)
-        except Exception:  # a defect of ours must not end the loader: what is loaded serves on
-            log.exception("the loader failed at %r", action)
-            result = "failed"
-            self._give_up(action, "an internal error, told in the daemon's log")
-        if result:
-            self._telemetry.checkpoint_load(result, time.monotonic() - started)
-
-    def _load(self, manifest: Manifest) -> str:
-        key = (manifest.model, manifest.version)
-        folder = self._directory.version(*key)
-        self._held_up.pop(folder, None)
-        try:
-            if not self._fetches.at_hand(manifest):
-                self._library.fetching.add(manifest.backbone)
-                return ""
-            if not self._room.has_room(manifest):
-                return ""
-            self._library.loaded[key] = self._placer.place(self._reader.read(manifest))
-        except MEMORY_ERRORS:
-            self._room.run_short(manifest)
-            return ""
-        except OSError as error:  # the disk fails, say, which is no fault of the file's: it is tried again
-            self._held_up[folder] = f"{manifest.model} version {manifest.version} can't be read: {error}"
-            self._library.loading.discard(key)  # nobody who asks for it is to wait
-            return ""
-        except BackbonedError as error:
-            log.warning("%s version %d is not served: %s", *key, error.message)
-            self._library.refuse(key, error.message)
-            return "quarantined"
-        self._library.loading.discard(key)
-        log.info("%s version %d, epoch %d, is loaded", *key, manifest.best_epoch)
-        return "loaded"
-
-    def _adopt(self, action: Adopt) -> str:
-        drop = action.drop
-        self._held_up.pop(drop.path, None)
-        try:
-            version = self._reader.adopt(drop, self._library.before(drop))
-        except OSError as error:  # such as a full disk, which is no fault of the file's: it is tried again and again
-            reason = f"it can't be adopted yet: {error.strerror or error}"
-            self._held_up[drop.path] = f"{drop.path}: {reason}"
-            self._library.settle(drop.path, DropState.WAITING, reason)
-            return ""
-        except BackbonedError as error:
-            if isinstance(error, IncompleteFile) and not action.final:
-                self._library.settle(drop.path, DropState.WAITING, error.message)
-                return ""
-            log.warning("%s is quarantined: %s", drop.path, error.message)
-            self._library.settle(drop.path, DropState.QUARANTINED, error.message)
-            return "quarantined"
-        self._library.settle(drop.path, DropState.ADOPTED)
-        if version is None:
-            return ""
-        log.info("%s is adopted as %s version %d", drop.path, drop.model, version.manifest.version)
-        self._agenda.changed(
-            {(drop.model, None)}
-        )  # the next look finds it, and makes room, or tells why it isn't served
-        with suppress(BackbonedError, *MEMORY_ERRORS):
-            if self._room.fits(version.manifest):
-                self._library.add(self._placer.place(version))
-        return "adopted"
-
-    def _give_up(self, action: Load | Adopt, reason: str) -> None:
-        if isinstance(action, Load):
-            self._library.refuse((action.manifest.model, action.manifest.version), reason)
-        else:
-            self._library.settle(action.drop.path, DropState.QUARANTINED, reason)
 
     def _wanted_versions(self) -> frozenset[VersionKey]:
         pinned = {(m, v) for m, aliases in self._records.aliases.all().items() for v in aliases.values()}

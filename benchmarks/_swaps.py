@@ -22,6 +22,7 @@ from backboned.v1 import model_service_pb2 as pb
 from benchmarks._bench import LARGEST_ERROR, Bench, median, median_ratio
 from benchmarks._daemon import Daemon
 from benchmarks._models import CLASSES, Maker
+from benchmarks._processes import cpu_seconds
 
 _CALLERS = 32
 _MODEL = "head-0000"
@@ -81,6 +82,7 @@ def swaps(bench: Bench, backbone: str) -> None:
             "a dropped file": _alone(daemon, bench, lambda: swapper.drop(rename=False), swapper),
             "a renamed file": _alone(daemon, bench, lambda: swapper.drop(rename=True), swapper),
         }
+        costs = [_cost(daemon, swapper, 2 if bench.settings.quick else _ALONE)]
         found: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
         memory = []
         for _ in range(rounds):
@@ -88,8 +90,13 @@ def swaps(bench: Bench, backbone: str) -> None:
             found["without"].append(_loaded(bench, daemon, swapper, seconds=seconds))
             found["with"].append(_loaded(bench, daemon, swapper, seconds=seconds, swapping=each))
             memory.append(daemon.memory_bytes())
-    bench.found.measurements[f"swaps {backbone}"] = {"alone": alone, "rounds": found, "memory_bytes": memory}
+        costs.append(_cost(daemon, swapper, 2 if bench.settings.quick else _ALONE))
+    told = {"alone": alone, "rounds": found, "memory_bytes": memory, "cpu_ms": costs}
+    bench.found.measurements[f"swaps {backbone}"] = told
     _tell(bench, backbone, found, alone, memory)
+    group = f"{backbone}, what a version costs the daemon"
+    bench.found.add(group, "CPU, at first", costs[0], "ms", note="nobody asks")
+    bench.found.add(group, "CPU, at the end", costs[1], "ms", note=f"the model has {max(swapper.heads)} versions")
 
 
 def _tell(
@@ -191,3 +198,15 @@ def _alone(daemon: Daemon, bench: Bench, write: Callable[[], int], swapper: Swap
                     raise SystemExit(f"version {version} never answered")
             found.append(1e3 * (time.monotonic() - swapper.completed[version]))
     return found
+
+
+def _cost(daemon: Daemon, swapper: Swapper, versions: int) -> float:
+    """Milliseconds of CPU that each of some new versions costs the daemon, beyond what it takes with nothing to do."""
+    spent = []
+    for write in (lambda: None, swapper.swap):
+        before = cpu_seconds(daemon.pid)
+        for _ in range(versions):
+            write()
+            time.sleep(_PAUSE_SECONDS)
+        spent.append(cpu_seconds(daemon.pid) - before)
+    return 1e3 * (spent[1] - spent[0]) / versions

@@ -20,6 +20,7 @@ from backboned.plugins import digits
 from backboned.registry import Backbone, BackbonedError, Catalogue, ErrorKind
 from backboned.registry.digest import file_digest
 from backboned.registry.directory import CheckpointDirectory
+from backboned.registry.look import Part, Seen
 from backboned.registry.manifest import EpochMetrics, Manifest
 from backboned.registry.task import Task
 from backboned.registry.version import VersionWriter
@@ -41,7 +42,7 @@ from backboned.server.serving.predictor import Predictor
 from backboned.server.serving.prepare import prepare
 from backboned.server.serving.records import Records
 from backboned.server.serving.remembered import Memory
-from backboned.server.serving.snapshot import State
+from backboned.server.serving.snapshot import KnownModel, State
 from backboned.server.troubles import TroubleKind, Troubles
 
 PATIENCE_SECONDS = 30.0
@@ -116,7 +117,12 @@ def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
         stack.callback(database.dispose)
         records = Records.of(database)
 
-        def start(known: Catalogue, root: Path = tmp_path, limits: Limits = Limits()) -> Loader:  # noqa: B008 - immutable
+        def start(
+            known: Catalogue,
+            root: Path = tmp_path,
+            limits: Limits = Limits(),  # noqa: B008 - immutable
+            scan_interval_seconds: float = 0.2,
+        ) -> Loader:
             loader = Loader(
                 CheckpointDirectory(root),
                 known,
@@ -125,7 +131,7 @@ def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
                 telemetry=Metrics(version="0", torch_version="0", device="cpu"),
                 records=records,
                 troubles=troubles,
-                settings=LoaderSettings(scan_interval_seconds=0.2, limits=limits),
+                settings=LoaderSettings(scan_interval_seconds, limits=limits),
             )
             loader.start()
             stack.callback(loader.stop)
@@ -362,6 +368,43 @@ def test_a_defect_in_a_round_does_not_end_the_loader(
     (tmp_path / "m").mkdir()
     torch.save(state(1, 3), tmp_path / "m" / "model.pt")
     wait_for(loader, lambda: "m" in loader.snapshot.models and not troubles.now())
+
+
+def test_what_changes_is_looked_at_alone_and_at_once(
+    start_loader: StartLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    torch.save(state(0, 3), tmp_path / "there" / "model.pt")
+    loader = start_loader(catalogue(), scan_interval_seconds=3600.0)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+
+    def wait_for_version(model: str, version: int) -> None:
+        while loader.snapshot.models.get(model, KnownModel("", {})).serving != version:
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.01)
+
+    wait_for_version("there", 1)
+    parts: list[frozenset[Part]] = []
+    scan_again = CheckpointDirectory.scan_again
+
+    def noted(self: CheckpointDirectory, before: Seen, changed: frozenset[Part]) -> Seen:
+        parts.append(changed)
+        return scan_again(self, before, changed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointDirectory, "scan", None)
+        patch.setattr(CheckpointDirectory, "scan_again", noted)
+        (tmp_path / "new").mkdir()
+        torch.save({"backbone": "digits", "state_dict": state(1, 3)}, tmp_path / "new" / "model.pt")
+        wait_for_version("new", 1)
+        torch.save(state(2, 3), tmp_path / "there" / "model.pt")
+        wait_for_version("there", 2)
+        shutil.rmtree(tmp_path / "new")
+        while "new" in loader.snapshot.models:
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.01)
+    models = [{model for model, _ in each} for each in parts]
+    assert {"new"} in models and {"there"} in models
 
 
 def test_a_model_for_which_there_is_no_room_is_told_so_whichever_look_finds_it(

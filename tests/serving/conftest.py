@@ -18,6 +18,8 @@ from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
 from backboned.server.serving.snapshot import LoadedModel
+from backboned.server.troubles import Troubles
+from tests.serving.rooms import Room, StartLoader, loaders, open_room
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -164,3 +166,22 @@ def load(
         return LoadedModel(manifest, stage_store.path(digits, weights), ())
 
     return load_network
+
+
+@pytest.fixture
+def troubles() -> Troubles:
+    return Troubles()
+
+
+@pytest.fixture
+def start_loader(tmp_path: Path, troubles: Troubles) -> Iterator[StartLoader]:
+    """Starts a loader alone, on `tmp_path`, with these backbones."""
+    with loaders(tmp_path, troubles) as start:
+        yield start
+
+
+@pytest.fixture
+def room(tmp_path: Path, photo: bytes, troubles: Troubles) -> Iterator[Room]:
+    """A loader, and what answers by it, on an empty directory."""
+    with open_room(tmp_path, photo, troubles) as room:
+        yield room

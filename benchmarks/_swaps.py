@@ -27,6 +27,9 @@ from benchmarks._processes import cpu_seconds
 _CALLERS = 32
 _MODEL = "head-0000"
 _PAUSE_SECONDS = 0.2
+_WRITE_SECONDS = 0.03
+"""At most, on a machine that is busy."""
+
 _ALONE = 40
 
 Head = Mapping[str, Tensor]
@@ -86,7 +89,7 @@ def swaps(bench: Bench, backbone: str) -> None:
         found: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
         memory = []
         for _ in range(rounds):
-            seconds = each * _PAUSE_SECONDS if not bench.settings.quick else 1.0
+            seconds = 1.0 if bench.settings.quick else each * (_PAUSE_SECONDS + _WRITE_SECONDS)
             found["without"].append(_loaded(bench, daemon, swapper, seconds=seconds))
             found["with"].append(_loaded(bench, daemon, swapper, seconds=seconds, swapping=each))
             memory.append(daemon.memory_bytes())

@@ -5,14 +5,12 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from PIL import Image
 from torch import nn
 
 from backboned.client import Client
@@ -38,10 +36,16 @@ from backboned.plugins.digits import digits
 from backboned.registry import register
 
 
-def build():
-    while Path("{file}").exists():
+def wait(name):
+    while Path("{folder}", name).exists():
         time.sleep(0.02)
-    return digits().build()
+
+
+def build():
+    wait("held")
+    network = digits().build()
+    network.stem.register_forward_pre_hook(lambda *_: wait("busy"))
+    return network
 
 
 @register
@@ -74,10 +78,13 @@ def start(
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, networks: dict[tuple[str, int], nn.Module]) -> Path:
-    """A file: as long as it is there, the plugin `held` doesn't get its backbone built, of which there is a version."""
+    """A file: as long as it is there, the plugin `held` doesn't get its backbone built, of which there is a version.
+
+    As long as there is a file `busy` beside it, that computes nothing.
+    """
     file = tmp_path / "held"
     file.touch()
-    (tmp_path / "holding.py").write_text(HOLDING.format(file=file))
+    (tmp_path / "holding.py").write_text(HOLDING.format(folder=tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     folder = tmp_path / "checkpoints" / "held" / "1"
     folder.mkdir(parents=True)
@@ -102,12 +109,12 @@ def serves(client: Client, model: str) -> bool:
     return any(m.name == model and m.serving_version for m in client.list_models())
 
 
-def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
-    start: Start, ports: tuple[int, int], held: Path, fetch: Callable[[str], str], wait_for: WaitFor
+def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(  # noqa: PLR0917 - fixtures
+    start: Start, ports: tuple[int, int], held: Path, fetch: Callable[[str], str], wait_for: WaitFor, photo: bytes
 ) -> None:
     http = f"http://127.0.0.1:{ports[1]}"
     with ThreadPoolExecutor() as aside:
-        starting = aside.submit(start, "--plugin=holding")
+        starting = aside.submit(start, "--plugin=holding", "--compile=off")
         wait_for(lambda: starting.done() or fetch(f"{http}/healthz"))
         assert fetch(f"{http}/healthz") == "alive\n"
         assert fetch(f"{http}/readyz") == "starting: models are being loaded\n"
@@ -121,29 +128,24 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(
         wait_for(lambda: serves(client, "flowers"))
         watches = [health.Watch(health_pb2.HealthCheckRequest(service=s)) for s in ("", "backboned.v1.ModelService")]
         assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
-        images = 15 * (os.cpu_count() or 1)  # some seconds' work, on whatever machine
-        slow = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=large_photo())] * images)
-        in_flight = [stub.Predict.future(slow) for _ in range(2)]
+        busy = held.with_name("busy")
+        busy.touch()
+        request = pb.PredictRequest(model="held", images=[pb.Image(encoded=photo)] * 3)
+        in_flight = [stub.Predict.future(request) for _ in range(2)]
         wait_for(lambda: '_seconds_count{phase="decode"} 0.0' not in fetch(f"{http}/metrics"))
 
         os.kill(daemon.pid, signal.SIGTERM)
         assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
         assert fetch(f"{http}/readyz") == "stopping\n"
         with pytest.raises(grpc.RpcError) as refused:
-            stub.Predict(slow)
+            stub.Predict(request)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert not any(call.done() for call in in_flight)
-        assert [len(call.result().predictions) for call in in_flight] == [images] * 2
+        busy.unlink()
+        assert [len(call.result().predictions) for call in in_flight] == [3, 3]
         assert [list(w) for w in watches] == [[], []]  # they end, and hold up nothing
     daemon.wait()
     assert daemon.stop() == 0
-
-
-def large_photo() -> bytes:
-    """A JPEG of 12 megapixels: some tenths of a second to decode, some tens of kilobytes."""
-    file = BytesIO()
-    Image.radial_gradient("L").resize((4000, 3000)).convert("RGB").save(file, "JPEG")
-    return file.getvalue()
 
 
 def test_after_a_stop_the_running_job_goes_on_and_the_waiting_one_still_waits(

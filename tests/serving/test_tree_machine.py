@@ -246,6 +246,7 @@ class Tree(RuleBasedStateMachine):
             held = {stage for _, model in self.loaded.values() for stage in model.path}
             self.engine.stop()
             assert self.engine.depth() == 0  # only now: what was cancelled is queued until a lane meets it
+            self.in_loop(asyncio.sleep(0))  # what lanes have delivered is held until the loop comes to it
             gc.collect()
             assert self.store.loaded() == (len(held), sum(stage.size_bytes for stage in held))
             held.clear()

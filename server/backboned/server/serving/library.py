@@ -68,7 +68,8 @@ class Library:
             for known in (self.manifests, self.quarantine, self._footprints, self._versions):
                 known.pop(key, None)
         for key, signature in seen.versions.items():
-            if self.signatures.get(key) != signature:
+            before = self.signatures.get(key)
+            if before is not signature and before != signature:
                 self._read_manifest(key, signature)
         for key in seen.deleted - self.deleted.keys():
             self.deleted[key] = self.directory.tombstone(*key)

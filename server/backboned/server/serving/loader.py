@@ -242,7 +242,7 @@ class Loader:
         while waiting and not self._stopping:
             self._actor.act(waiting.popleft())
             now = time.monotonic()
-            if now > self._publish_at:
+            if waiting and now > self._publish_at:
                 self._publish(models, whole=False)
             late = now > ends and bool(turn.waiters or self._agenda.has_more)
             if not (late or self._agenda.waited_for):

@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,40 +73,46 @@ def test_a_defect_in_a_round_does_not_end_the_loader(
 
 
 def test_what_changes_is_looked_at_alone_and_at_once(
-    start_loader: StartLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_loader: StartLoader, troubles: Troubles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "there").mkdir()
-    torch.save(state(0, 3), tmp_path / "there" / "model.pt")
+    for seed, model in enumerate(("bystander", "there")):
+        (tmp_path / model).mkdir()
+        torch.save(state(seed, 3), tmp_path / model / "model.pt")
     loader = start_loader(catalogue(), scan_interval_seconds=3600.0)
     deadline = time.monotonic() + PATIENCE_SECONDS
 
-    def wait_for_version(model: str, version: int) -> None:
-        while loader.snapshot.models.get(model, KnownModel("", {})).serving != version:
+    def wait_until(condition: Callable[[], bool]) -> None:
+        while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"
             time.sleep(0.01)
 
+    def wait_for_version(model: str, version: int) -> None:
+        wait_until(lambda: loader.snapshot.models.get(model, KnownModel("", {})).serving == version)
+
+    wait_for_version("bystander", 1)
     wait_for_version("there", 1)
-    parts: list[frozenset[Part]] = []
+    looked_at: set[str] = set()
     scan_again = CheckpointDirectory.scan_again
 
-    def noted(self: CheckpointDirectory, before: Seen, changed: frozenset[Part]) -> Seen:
-        parts.append(changed)
-        return scan_again(self, before, changed)
+    def noted(self: CheckpointDirectory, before: Seen, parts: frozenset[Part]) -> Seen:
+        looked_at.update(model for model, _ in parts)
+        return scan_again(self, before, parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointDirectory, "scan", None)
         patch.setattr(CheckpointDirectory, "scan_again", noted)
+        (tmp_path / "marker").mkdir()
+        wait_until(lambda: "marker" in looked_at)  # events keep their order: those of adopting both came before
+        looked_at.clear()
         (tmp_path / "new").mkdir()
-        torch.save({"backbone": "digits", "state_dict": state(1, 3)}, tmp_path / "new" / "model.pt")
+        torch.save({"backbone": "digits", "state_dict": state(2, 3)}, tmp_path / "new" / "model.pt")
         wait_for_version("new", 1)
-        torch.save(state(2, 3), tmp_path / "there" / "model.pt")
+        torch.save(state(3, 3), tmp_path / "there" / "model.pt")
         wait_for_version("there", 2)
         shutil.rmtree(tmp_path / "new")
-        while "new" in loader.snapshot.models:
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.01)
-    models = [{model for model, _ in each} for each in parts]
-    assert {"new"} in models and {"there"} in models
+        wait_until(lambda: "new" not in loader.snapshot.models)
+    assert looked_at == {"new", "there"}
+    assert not troubles.now()
 
 
 def test_a_model_for_which_there_is_no_room_is_told_so_whichever_look_finds_it(

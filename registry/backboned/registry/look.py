@@ -151,14 +151,17 @@ def look_again(root: Path, before: Seen, parts: Set[Part]) -> Seen:
     def same(path: Path) -> bool:
         return path not in paths and model_of(root, path) not in models
 
-    def stays(key: tuple[str, int]) -> bool:
-        return key not in parts and key[0] not in models
-
+    versions = before.versions.copy()  # a model may have thousands: what hasn't changed isn't gone through
+    if models:
+        versions = {key: found for key, found in versions.items() if key[0] not in models}
+    for model, version in parts:
+        if version is not None:
+            versions.pop((model, version), None)
     return Seen(
-        {key: found for key, found in before.versions.items() if stays(key)} | seen.versions,
+        versions | seen.versions,
         {path: drop for path, drop in before.drops.items() if drop.model not in models} | seen.drops,
         {path: why for path, why in before.refused.items() if same(path)} | seen.refused,
-        {key for key in before.deleted if stays(key)} | seen.deleted,
+        {key for key in before.deleted if key not in parts and key[0] not in models} | seen.deleted,
         {path for path in before.unseen if same(path)} | seen.unseen,
         {model: why for model, why in before.unreadable.items() if model not in models} | seen.unreadable,
         (before.linked - models) | seen.linked,

@@ -13,7 +13,7 @@ from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
 from backboned.server.serving.budget import Arrival, Footprint
-from backboned.server.serving.policy import Policy, candidates, shadow
+from backboned.server.serving.policy import SHADOWED, Policy, candidates, shadow
 
 
 class State(Enum):
@@ -95,18 +95,21 @@ class KnownModel:
 
         None if the one that should is loaded on demand: then it is to be loaded, and no other one answers for it.
         """
-        return self._first(self.policy)
+        return self.versions[self.serving].loaded if self.serving else None
 
     @cached_property
     def latest(self) -> LoadedModel | None:
         """The newest loaded version that is complete, else the newest, whatever the policy."""
-        return self._first(Policy())
+        chosen = self.answering(Policy())
+        return None if chosen is None else self.versions[chosen].loaded
 
     @cached_property
     def shadow(self) -> LoadedModel | None:
         """What sees the images that `default` answers, too."""
+        if self.policy.kind not in SHADOWED or not self.serving:
+            return None
         loaded = {v: known.manifest for v, known in self.versions.items() if known.loaded is not None}
-        number = shadow(loaded, self.policy, self.serving) if self.serving else None
+        number = shadow(loaded, self.policy, self.serving)
         return None if number is None else self.versions[number].loaded
 
     @cached_property
@@ -116,13 +119,12 @@ class KnownModel:
 
     def answering(self, policy: Policy) -> int | None:
         """Which version `policy` answers with, in memory or loaded on demand; None: none can."""
-        # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
-        able = {v: known.manifest for v, known in self.versions.items() if known.able}
-        return next(iter(candidates(able, policy)), None)
+        return next(iter(candidates(self._able, policy)), None)
 
-    def _first(self, policy: Policy) -> LoadedModel | None:
-        chosen = self.answering(policy)
-        return None if chosen is None else self.versions[chosen].loaded
+    @cached_property
+    def _able(self) -> Mapping[int, Manifest]:
+        # What is complete is told by the manifest as it is now: it may have changed since the epoch was loaded.
+        return {v: known.manifest for v, known in self.versions.items() if known.able}
 
 
 @dataclass(frozen=True)

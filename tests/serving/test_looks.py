@@ -95,7 +95,7 @@ def test_what_changes_is_looked_at_alone_and_at_once(
     scan_again = CheckpointDirectory.scan_again
 
     def noted(self: CheckpointDirectory, before: Seen, parts: frozenset[Part]) -> Seen:
-        looked_at.update(model for model, _ in parts)
+        looked_at.update({model for model, _ in parts})
         return scan_again(self, before, parts)
 
     with monkeypatch.context() as patch:

@@ -99,7 +99,10 @@ class Config(BaseSettings):
     )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch of images.")
     scan_interval_seconds: float = Field(
-        default=2.0, gt=0, le=3600, description="Between scans of the checkpoint folder."
+        default=2.0,
+        gt=0,
+        le=3600,
+        description="Between looks at all of the checkpoint folder; a change is looked at at once.",
     )
     settle_seconds: float = Field(
         default=5.0, gt=0, le=3600, description="How long an incomplete file may stand still before it is quarantined."

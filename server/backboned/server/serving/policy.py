@@ -23,9 +23,6 @@ class VersionPolicy(Enum):
 NAMING = frozenset((VersionPolicy.PINNED, VersionPolicy.MANUAL, VersionPolicy.PROMOTE_WHEN_BETTER))
 """These name a version; the others find it."""
 
-SHADOWED = frozenset((VersionPolicy.MANUAL, VersionPolicy.PROMOTE_WHEN_BETTER, VersionPolicy.ROLLBACK_WHEN_WORSE))
-"""By these another version may see what the one that serves answers."""
-
 
 @dataclass(frozen=True)
 class Policy:

@@ -13,7 +13,7 @@ from backboned.registry.answers import Answers
 from backboned.registry.manifest import Manifest
 from backboned.server.compute.stages import LoadedStage
 from backboned.server.serving.budget import Arrival, Footprint
-from backboned.server.serving.policy import SHADOWED, Policy, candidates, shadow
+from backboned.server.serving.policy import Policy, candidates, shadow
 
 
 class State(Enum):
@@ -106,10 +106,8 @@ class KnownModel:
     @cached_property
     def shadow(self) -> LoadedModel | None:
         """What sees the images that `default` answers, too."""
-        if self.policy.kind not in SHADOWED or not self.serving:
-            return None
         loaded = {v: known.manifest for v, known in self.versions.items() if known.loaded is not None}
-        number = shadow(loaded, self.policy, self.serving)
+        number = shadow(loaded, self.policy, self.serving) if self.serving else None
         return None if number is None else self.versions[number].loaded
 
     @cached_property

@@ -171,6 +171,7 @@ def _told(tally: Tally, seconds: float, images: int) -> dict[str, Any]:
         "codes": dict(Counter({code: len(found) for code, found in tally.latencies.items()})),
         "latency_ms": {code: _percentiles(found) for code, found in tally.latencies.items()},
         "refused_without_delay": tally.without_delay,
+        "latencies": tally.latencies.get("OK", []) if tally.answers is not None else [],
         "answers": [(at, photo, base64.b64encode(answer).decode()) for at, photo, answer in tally.answers or ()],
         "samples": [(model, photo, base64.b64encode(answer).decode()) for model, photo, answer in tally.samples],
     }

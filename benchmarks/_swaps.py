@@ -1,14 +1,17 @@
 """Part `swaps`: new versions of a model, one after another, while it is asked; and how soon each of them answers."""
 
 import base64
+import random
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,12 +26,19 @@ from benchmarks._bench import LARGEST_ERROR, Bench, median, median_ratio
 from benchmarks._daemon import Daemon
 from benchmarks._models import CLASSES, Maker
 from benchmarks._processes import cpu_seconds
+from benchmarks._throughput import in_rounds
 
 _CALLERS = 32
 _MODEL = "head-0000"
 _PAUSE_SECONDS = 0.2
 _WRITE_SECONDS = 0.03
 """At most, on a machine that is busy."""
+
+_SWAPS, _TURNS = 20, 5
+"""So many swaps a turn, and so many turns a round."""
+
+_WARM_UP_SECONDS = 0.5
+_RESAMPLES = 2000
 
 _ALONE = 40
 
@@ -74,8 +84,12 @@ class Swapper:
 
 
 def swaps(bench: Bench, backbone: str) -> None:
-    """Swaps under 32 callers, in turns with none, and swaps while one caller asks all the time."""
-    rounds, each = (1, 3) if bench.settings.quick else (bench.settings.rounds, 100)
+    """Swaps under 32 callers, in short turns with none, and swaps while one caller asks all the time.
+
+    What a swap costs is less than what a shared machine gains or loses in a while: turns that follow one another are
+    compared, and of all turns of a kind together the slowest hundredth of the answers.
+    """
+    turns, each = (1, 3) if bench.settings.quick else (_TURNS * bench.settings.rounds, _SWAPS)
     maker = bench.maker(backbone)
     models = maker.heads(1)
     with bench.daemon(f"{backbone}-swaps", backbone, models) as daemon:
@@ -86,15 +100,18 @@ def swaps(bench: Bench, backbone: str) -> None:
             "a renamed file": _alone(daemon, bench, lambda: swapper.drop(rename=True), swapper),
         }
         costs = [_cost(daemon, swapper, 2 if bench.settings.quick else _ALONE)]
-        found: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
-        memory = []
-        for _ in range(rounds):
-            seconds = 1.0 if bench.settings.quick else each * (_PAUSE_SECONDS + _WRITE_SECONDS)
-            found["without"].append(_loaded(bench, daemon, swapper, seconds=seconds))
-            found["with"].append(_loaded(bench, daemon, swapper, seconds=seconds, swapping=each))
-            memory.append(daemon.memory_bytes())
+        seconds = 1.0 if bench.settings.quick else each * (_PAUSE_SECONDS + _WRITE_SECONDS) - _WARM_UP_SECONDS
+        memory = list[int]()
+
+        def measure(swapping: int) -> dict[str, Any]:
+            told = _loaded(bench, daemon, swapper, seconds=seconds, swapping=swapping)
+            if swapping:
+                memory.append(daemon.memory_bytes())
+            return told
+
+        found = in_rounds(turns, {"without": partial(measure, 0), "with": partial(measure, each)})
         costs.append(_cost(daemon, swapper, 2 if bench.settings.quick else _ALONE))
-    told = {"alone": alone, "rounds": found, "memory_bytes": memory, "cpu_ms": costs}
+    told = {"alone": alone, "turns": found, "memory_bytes": memory, "cpu_ms": costs}
     bench.found.measurements[f"swaps {backbone}"] = told
     _tell(bench, backbone, found, alone, memory)
     group = f"{backbone}, what a version costs the daemon"
@@ -110,15 +127,18 @@ def _tell(
     memory: Sequence[int],
 ) -> None:
     add, group = bench.found.add, f"{backbone}, swaps, {_CALLERS} callers"
-    for name, rounds in found.items():
-        ratio = median_ratio(rounds, found["without"], "p99_ms") if name == "with" else None
-        wanted = "≤ 1.10" if name == "with" else ""
-        note = f"{median(rounds, 'images_per_second'):.1f} images/s"
-        add(group, f"{name} swaps, p99", median(rounds, "p99_ms"), "ms", ratio=ratio, wanted=wanted, note=note)
+    before, after = found["without"], found["with"]
+    ratio, low, high = _slowest(before, after)
+    add(group, "without swaps, p99", _p99(before), "ms", note=f"{len(before)} turns")
+    note = f"95 % interval of the ratio {low:.2f} to {high:.2f}"
+    add(group, "with swaps, p99", _p99(after), "ms", ratio=ratio, wanted="≤ 1.10", note=note)
+    rate = "images_per_second"
+    add(group, "without swaps", median(before, rate), "images/s")
+    add(group, "with swaps", median(after, rate), "images/s", ratio=median_ratio(after, before, rate))
     done = sum(r["swaps"] for r in found["with"])
-    answers = sum(r["answers"] for rounds in found.values() for r in rounds)
-    wrong = sum(r["wrong"] for rounds in found.values() for r in rounds)
-    failed = sum(r["failed"] for rounds in found.values() for r in rounds)
+    answers = sum(r["answers"] for turns in found.values() for r in turns)
+    wrong = sum(r["wrong"] for turns in found.values() for r in turns)
+    failed = sum(r["failed"] for turns in found.values() for r in turns)
     seen = sum(r["versions"] for r in found["with"])
     add(group, "swaps", done, "", note=f"{seen} of the versions answered")
     add(group, "calls that failed", failed, "", wanted="0")
@@ -128,7 +148,7 @@ def _tell(
         add(group, "complete to first answer", statistics.median(waits), "ms", note="waiting among 32 calls included")
     third = max(1, len(memory) // 3)
     growth = (statistics.median(memory[-third:]) - statistics.median(memory[:third])) / 1e6
-    note = f"first to last third of {len(memory)} rounds; {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB"
+    note = f"first to last third of {len(memory)} turns; {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB"
     add(group, "memory, growth", growth, "MB", note=note)
     group = f"{backbone}, a new version, one caller"
     for name, times in alone.items():
@@ -150,7 +170,9 @@ def _loaded(bench: Bench, daemon: Daemon, swapper: Swapper, *, seconds: float, s
     thread = threading.Thread(target=swap)
     thread.start()
     try:
-        told = bench.ask(daemon, [_MODEL], callers=_CALLERS, seconds=seconds, all=True)
+        told = bench.ask(
+            daemon, [_MODEL], callers=_CALLERS, seconds=seconds, warm_up=min(_WARM_UP_SECONDS, seconds), all=True
+        )
     finally:
         over.set()
         thread.join()
@@ -159,7 +181,7 @@ def _loaded(bench: Bench, daemon: Daemon, swapper: Swapper, *, seconds: float, s
     right, at = _checked(bench, swapper, answers)
     written = [v for v in swapper.heads if v >= first]
     return {
-        "p99_ms": told["latency_ms"]["OK"]["p99"],
+        "latencies_ms": [1e3 * latency for latency in told["latencies"]],
         "images_per_second": told["images_per_second"],
         "failed": sum(count for code, count in told["codes"].items() if code != "OK"),
         "swaps": len(written),
@@ -168,6 +190,21 @@ def _loaded(bench: Bench, daemon: Daemon, swapper: Swapper, *, seconds: float, s
         "wrong": len(answers) - right,
         "first_answer_ms": [1e3 * (at[v] - swapper.completed[v]) for v in written if v in at],
     }
+
+
+def _slowest(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """p99 of `after` by that of `before`, and the 95 % interval of that by resampling the pairs of turns."""
+    pairs, draw = list(zip(before, after, strict=True)), random.Random(0)
+
+    def ratio(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> float:
+        return _p99([after for _, after in pairs]) / _p99([before for before, _ in pairs])
+
+    ratios = sorted(ratio(draw.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
+    return ratio(pairs), ratios[_RESAMPLES // 40], ratios[-_RESAMPLES // 40]
+
+
+def _p99(turns: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.percentile(np.concatenate([turn["latencies_ms"] for turn in turns]), 99))
 
 
 @torch.inference_mode()

@@ -74,7 +74,7 @@ class Seen:
 
     `deleted` are versions of which only a tombstone is left. `unreadable` has the models whose folder can't be looked
     into, or not wholly, with the reason: of what isn't seen of these nothing is known. `linked` are those in which
-    something is a link, so that it changes where that leads.
+    something is a link, so that it changes where that leads. `parts` is all that was looked at; None: everything.
     """
 
     versions: dict[tuple[str, int], Signature] = field(default_factory=dict)
@@ -84,6 +84,12 @@ class Seen:
     unseen: set[Path] = field(default_factory=set)
     unreadable: dict[str, str] = field(default_factory=dict)
     linked: set[str] = field(default_factory=set)
+    parts: Set[Part] | None = None
+
+    @property
+    def models(self) -> Set[str] | None:
+        """The models that were looked at, or some of whose versions were; None: all."""
+        return None if self.parts is None else {model for model, _ in self.parts}
 
     @property
     def nothing(self) -> bool:
@@ -165,6 +171,7 @@ def look_again(root: Path, before: Seen, parts: Set[Part]) -> Seen:
         {path for path in before.unseen if same(path)} | seen.unseen,
         {model: why for model, why in before.unreadable.items() if model not in models} | seen.unreadable,
         (before.linked - models) | seen.linked,
+        parts,
     )
 
 

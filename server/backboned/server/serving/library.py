@@ -53,26 +53,27 @@ class Library:
     _footprints: dict[VersionKey, tuple[Manifest, Footprint]] = field(default_factory=dict)
     _models: dict[str, KnownModel] = field(default_factory=dict)
     _versions: dict[VersionKey, tuple[object, KnownVersion]] = field(default_factory=dict)
+    _changed: set[VersionKey] = field(default_factory=set)
+    _notable: Set[VersionKey] = frozenset()
+    _fetching: bool = False
 
-    def update(self, seen: Seen, now: float, closed: Iterable[Path] = (), models: Models = None) -> None:
-        """Take in what one look, at these `models`, found: read new manifests, note changed files, forget what is gone.
+    def update(self, seen: Seen, now: float, closed: Iterable[Path] = ()) -> None:
+        """Take in what one look found: read new manifests, note changed files, forget what is gone.
 
         `closed` are files that whoever wrote them has closed since the last look. Of a model that can't be looked at,
         nothing is forgotten.
         """
         self.refused = dict(seen.refused)
-        for key in self.signatures.keys() - seen.versions.keys():
-            if key[0] in seen.unreadable or self.directory.version(*key) in seen.unseen:
-                continue
-            del self.signatures[key]
-            for known in (self.manifests, self.quarantine, self._footprints, self._versions):
-                known.pop(key, None)
-        for key, signature in seen.versions.items():
-            before = self.signatures.get(key)
-            if before is not signature and before != signature:
-                self._read_manifest(key, signature)
+        for key in self._looked_at(seen):
+            before, signature = self.signatures.get(key), seen.versions.get(key)
+            if signature is not None:
+                if before is not signature and before != signature:
+                    self._read_manifest(key, signature)
+            elif before is not None and not self._is_out_of_sight(key, seen):
+                self._forget(key)
         for key in seen.deleted - self.deleted.keys():
             self.deleted[key] = self.directory.tombstone(*key)
+        models = seen.models
         for key, entry in list(self.quarantine.items()):
             if models is not None and key[0] not in models:
                 continue
@@ -121,6 +122,7 @@ class Library:
         signature = Signature.of(self.directory.version(*key) / MANIFEST_NAME)
         if signature is not None:
             self.signatures[key], self.manifests[key], self.loaded[key] = signature, model.manifest, model
+            self._changed.add(key)
 
     def refuse(self, key: VersionKey, reason: str) -> None:
         """Quarantine a version as it is now."""
@@ -155,27 +157,74 @@ class Library:
         A model, or a version, of which all is as it was is the same object as before.
         """
         told: dict[str, dict[int, KnownVersion]] = {}
-        for key, manifest in self.manifests.items():
-            if models is None or key[0] in models:
-                told.setdefault(key[0], {})[key[1]] = self._version(key, manifest)
-        same = {} if models is None else {name: model for name, model in self._models.items() if name not in models}
-        self._models = dict(sorted((same | {name: self._model(name, what) for name, what in told.items()}).items()))
+        for key in sorted(self._to_tell(models)):
+            name, version = key
+            versions = told.get(name)
+            if versions is None:
+                known = self._models.get(name)
+                versions = told[name] = {} if known is None else dict(known.versions)
+            if (manifest := self.manifests.get(key)) is None:
+                versions.pop(version, None)
+            else:
+                versions[version] = self._version(key, manifest)
+        for name, model in self._models.items():
+            if name not in told and (models is None or name in models) and model.policy != self._policy(name):
+                told[name] = dict(model.versions)
+        if told:
+            there = self._models | {name: self._model(name, versions) for name, versions in told.items()}
+            self._models = {name: model for name, model in sorted(there.items()) if model.versions}
         refused = [*self._refused_versions(), *self._refused_drops()]
         refused += [RefusedFile(self._model_of(p), p, State.QUARANTINED, r) for p, r in sorted(self.refused.items())]
         return Snapshot(MappingProxyType(self._models), tuple(refused))
+
+    def _looked_at(self, seen: Seen) -> Set[VersionKey]:
+        """The versions that may not be what they were before this look. A model may have thousands of others."""
+        if seen.parts is None:
+            return self.signatures.keys() | seen.versions.keys()
+        whole = {model for model, version in seen.parts if version is None}
+        keys = {(model, version) for model, version in seen.parts if version is not None}
+        if whole:
+            keys.update(key for known in (self.signatures, seen.versions) for key in known if key[0] in whole)
+        return keys
+
+    def _is_out_of_sight(self, key: VersionKey, seen: Seen) -> bool:
+        return key[0] in seen.unreadable or self.directory.version(*key) in seen.unseen
+
+    def _to_tell(self, models: Models) -> Set[VersionKey]:
+        """The versions of these models of which something else may be to tell than at the last time."""
+        notable = self.loaded.keys() | self.quarantine.keys() | self.loading | self.out.keys()
+        keys = self._changed | notable | self._notable
+        if self.fetching or self._fetching:
+            keys |= self.manifests.keys()
+        if models is not None:
+            keys = {key for key in keys if key[0] in models}
+        self._changed -= keys
+        self._notable = (self._notable - keys) | (notable & keys)
+        self._fetching = bool(self.fetching) or (models is not None and self._fetching)
+        return keys
 
     def _model_of(self, path: Path) -> str:
         return _text(model_of(self.directory.root, path))
 
     def _model(self, name: str, versions: dict[int, KnownVersion]) -> KnownModel:
-        before, policy = self._models.get(name), self.policies.get(name, Policy())
+        before, policy = self._models.get(name), self._policy(name)
         if before is not None and before.policy == policy and before.versions == versions:
             return before
         return KnownModel(name, MappingProxyType(versions), policy)
 
+    def _policy(self, name: str) -> Policy:
+        return self.policies.get(name, Policy())
+
+    def _forget(self, key: VersionKey) -> None:
+        del self.signatures[key]
+        for known in (self.manifests, self.quarantine, self._footprints, self._versions):
+            known.pop(key, None)
+        self._changed.add(key)
+
     def _read_manifest(self, key: VersionKey, signature: Signature) -> None:
         self.signatures[key] = signature
         self.quarantine.pop(key, None)
+        self._changed.add(key)
         try:
             self.manifests[key] = Manifest.read(self.directory.version(*key))
         except BackbonedError as error:

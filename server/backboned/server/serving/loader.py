@@ -192,13 +192,13 @@ class Loader:
         if self._watcher.polling:
             interval = min(interval, _POLL_SECONDS)
         parts = self._scope(turn, now)
-        models = None if parts is None else {model for model, _ in parts}
-        if models is None:
+        if parts is None:
             self._look_at_all_at = now + interval
         seen = self._looks.look(parts)
         if seen is None:
             return interval
-        self._library.update(seen, time.monotonic(), turn.closed, models)
+        models = seen.models
+        self._library.update(seen, time.monotonic(), turn.closed)
         self._library.policies = self._records.decisions.policies()
         now = time.monotonic()
         for key in self._used.keys() - self._library.manifests.keys():

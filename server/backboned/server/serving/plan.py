@@ -180,9 +180,10 @@ class _Desire:
 def _desired(known: Known, max_loaded_versions: int) -> dict[VersionKey, _Desire]:
     """What should be loaded, and why."""
     by_model: dict[str, dict[int, Manifest]] = {}
-    usable = {key for key in known.manifests if key not in known.quarantined or key in known.loaded}
-    for model, version in usable:
-        by_model.setdefault(model, {})[version] = known.manifests[model, version]
+    unusable = known.quarantined - known.loaded.keys()
+    for key, manifest in known.manifests.items():
+        if key not in unusable:
+            by_model.setdefault(key[0], {})[key[1]] = manifest
     desired: dict[VersionKey, _Desire] = {}
     for model, versions in by_model.items():
         newest = sorted(versions, reverse=True)[:max_loaded_versions]
@@ -199,7 +200,7 @@ def _desired(known: Known, max_loaded_versions: int) -> dict[VersionKey, _Desire
             desired[model, other] = _Desire(1, used)
         desired[standing] = _Desire(0, used)
         desired[first] = _Desire(0, used, frozenset({standing} & known.loaded.keys()))
-    for key in known.wanted & usable:
+    for key in (known.wanted & known.manifests.keys()) - unusable:
         given = desired.get(key, _Desire(0))
         desired[key] = _Desire(0, max(given.used, known.used.get(key, 0.0)), given.stand_ins)
     return desired

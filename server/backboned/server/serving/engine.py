@@ -8,6 +8,7 @@ pool of threads decodes ahead, and two lanes, each with a stream and a pinned bu
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ _Outcomes = Sequence[tuple[Answer, ...] | Exception]
 
 _EAGER_BATCH_ON_CPU = 8
 _CUDA_LANES = 2
+_FORGETTING = 0.9
+"""What is left, a batch later, of how many images were under way at once."""
 
 
 class Engine:
@@ -61,6 +64,7 @@ class Engine:
         self._idle: list[threading.Condition] = []
         self._preparing = 0
         self._taken = 0
+        self._crowd = 0.0
         self._stopping = False
         self._images_per_second = 0.0
         self._threads = [
@@ -152,9 +156,10 @@ class Engine:
                 log.exception("a batch of %d images failed", len(live))
                 outcomes = [as_told(error)] * len(live)
             self._tell(live, started)
-            deliver(live, outcomes)
         with self._lock:
-            self._taken -= len(batch)
+            self._taken -= len(batch)  # before its callers are answered, and ask for more
+        if live:
+            deliver(live, outcomes)
         return True
 
     def _gather(self) -> list[Item] | None:
@@ -188,8 +193,14 @@ class Engine:
         return good_size(batch[0].models[0].path, -(-under_way // self._lanes), self._max_batch_size, self._on_cpu)
 
     def _threads_for(self, images: int) -> int:
-        """The cores that a batch of so many images should use: all, if it is alone."""
-        batches = -(-(len(self._queue) + self._taken) // images)
+        """The cores that a batch of so many images should use: all, if it is alone and lately was.
+
+        Callers who were answered a moment ago will be back: a batch that takes the other lanes' cores meanwhile is
+        still there then, and its threads and theirs wait for each other.
+        """
+        with self._lock:
+            self._crowd = max(len(self._queue) + self._taken, _FORGETTING * self._crowd)
+            batches = math.ceil(self._crowd / images)
         return max(1, self._cores // min(batches, self._lanes))
 
     def _prepare_ahead(self, item: Item) -> None:

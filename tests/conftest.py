@@ -1,5 +1,6 @@
 """What tests of several rooms share: real photos where there are some, and real daemons."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
@@ -15,6 +16,9 @@ from backboned.client import Client
 from backboned.server.commands.local_daemon import LocalDaemon
 
 StartDaemon = Callable[..., LocalDaemon]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands under test must not inherit that
 
 
 @pytest.fixture(scope="session")

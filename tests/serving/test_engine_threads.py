@@ -1,7 +1,9 @@
-"""How many cores a batch is computed by."""
+"""How many cores a batch is computed by, and which threads stay for that."""
 
 import asyncio
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,39 +25,73 @@ CORES = 2
 PICTURE = Pixels(bytes(16 * 16 * 3), (16, 16, 3))
 
 
-async def test_what_is_alone_is_computed_by_all_cores_unless_there_was_a_crowd_just_now(
+@pytest.fixture
+def used() -> list[tuple[threading.Thread, int]]:
+    """The thread that ran each batch, and how many it had."""
+    return []
+
+
+@pytest.fixture
+def model(
     load: Callable[..., LoadedModel],
     make_network: Callable[..., nn.Module],
-    telemetry: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    used: list[int] = []
+    used: list[tuple[threading.Thread, int]],
+) -> LoadedModel:
+    """A model that tells `used` by what it is run."""
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:
-        used.append(torch.get_num_threads())
+        used.append((threading.current_thread(), torch.get_num_threads()))
         return x.flatten(1)[:, :3]
 
-    monkeypatch.setattr(engine_module, "usable_cores", lambda: CORES)
     head = LoadedStage(StageKey("digits", "head", "it counts", torch.float32), Stage("head", (), forward), nn.Module())
     model = load(make_network())
-    model = replace(model, path=(*model.path[:-1], head))
+    return replace(model, path=(*model.path[:-1], head))
+
+
+@pytest.fixture
+def engine(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An engine on a machine of two cores."""
+    monkeypatch.setattr(engine_module, "usable_cores", lambda: CORES)
     engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000))
-
-    async def ask(images: int) -> None:
-        await asyncio.wait_for(asyncio.gather(*engine.submit([model], [PICTURE] * images)), 30)
-
     engine.start()
-    try:
-        for _ in range(20):
-            await ask(1)
-        assert set(used) == {CORES}, "nobody else has asked"
-        await ask(16)
-        used.clear()
-        for _ in range(5):
-            await ask(1)
-        assert set(used) == {1}, "those who asked a moment ago may be back"
+    yield engine
+    engine.stop()
+
+
+async def ask(engine: Engine, model: LoadedModel, images: int = 1) -> None:
+    await asyncio.wait_for(asyncio.gather(*engine.submit([model], [PICTURE] * images)), 30)
+
+
+async def test_what_is_alone_is_computed_by_all_cores_unless_there_was_a_crowd_just_now(
+    engine: Engine, model: LoadedModel, used: list[tuple[threading.Thread, int]]
+) -> None:
+    for _ in range(20):
+        await ask(engine, model)
+    assert {threads for _, threads in used} == {CORES}, "nobody else has asked"
+    await ask(engine, model, 16)
+    used.clear()
+    for _ in range(5):
+        await ask(engine, model)
+    assert {threads for _, threads in used} == {1}, "those who asked a moment ago may be back"
+    for _ in range(60):
+        await ask(engine, model)
+    assert used[-1][1] == CORES, "they were not"
+
+
+async def test_only_one_thread_stays_that_has_used_all_cores(
+    engine: Engine, model: LoadedModel, used: list[tuple[threading.Thread, int]]
+) -> None:
+    deadline = time.monotonic() + 60
+    while len({thread for thread, threads in used if threads == CORES}) < 3:
+        assert time.monotonic() < deadline, "both lanes take batches that are alone"
+        await ask(engine, model, 16)  # wakes both lanes: either may be the last to wait, and so the next to be woken
         for _ in range(60):
-            await ask(1)
-        assert used[-1] == CORES, "they were not"
-    finally:
-        engine.stop()
+            await ask(engine, model)
+    await asyncio.sleep(0.2)
+    await ask(engine, model)
+    wide = {thread for thread, threads in used if threads == CORES}
+    for thread in wide - {used[-1][0]}:
+        thread.join(10)
+    assert [thread for thread in wide if thread.is_alive()] == [used[-1][0]]
+    await ask(engine, model, 16)
+    assert sum(thread.name.startswith("engine-") for thread in threading.enumerate()) == CORES

@@ -8,7 +8,6 @@ pool of threads decodes ahead, and two lanes, each with a stream and a pinned bu
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from backboned.registry.backbone import Preprocessing
 from backboned.server.compute.device import Device, usable_cores
 from backboned.server.compute.stages import LoadedStage
 from backboned.server.serving.calls import Pixels, Prepared
+from backboned.server.serving.cores import Cores
 from backboned.server.serving.lane import Lane, as_told
 from backboned.server.serving.queue import FairQueue, Group, Item
 from backboned.server.serving.snapshot import LoadedModel
@@ -34,8 +34,6 @@ _Outcomes = Sequence[tuple[Answer, ...] | Exception]
 
 _EAGER_BATCH_ON_CPU = 8
 _CUDA_LANES = 2
-_FORGETTING = 0.9
-"""What is left, a batch later, of how many images were under way at once."""
 
 
 class Engine:
@@ -56,20 +54,19 @@ class Engine:
         self._prepare = prepare
         self._max_batch_size = max_batch_size
         self._on_cpu = device.device.type == "cpu"
-        self._cores = usable_cores()
-        self._lanes = threads or (self._cores if self._on_cpu else _CUDA_LANES)
-        self._decoders = None if self._on_cpu else ThreadPoolExecutor(self._cores, thread_name_prefix="decode")
+        cores = usable_cores()
+        self._lanes = threads or (cores if self._on_cpu else _CUDA_LANES)
+        self._cores = Cores(cores, self._lanes)
+        self._decoders = None if self._on_cpu else ThreadPoolExecutor(cores, thread_name_prefix="decode")
         self._queue = FairQueue()
         self._lock = threading.Lock()
-        self._idle: list[threading.Condition] = []
+        self._idle: dict[int, threading.Condition] = {}
+        self._renewed: set[int] = set()
         self._preparing = 0
         self._taken = 0
-        self._crowd = 0.0
         self._stopping = False
         self._images_per_second = 0.0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"engine-{i}", daemon=True) for i in range(self._lanes)
-        ]
+        self._threads = [self._thread(i) for i in range(self._lanes)]
 
     @property
     def lanes(self) -> int:
@@ -131,25 +128,33 @@ class Engine:
     def _wake(self, lanes: int) -> None:
         """The lanes that have waited least: their threads and caches are still warm."""
         for _ in range(min(lanes, len(self._idle))):
-            self._idle.pop().notify()
+            self._idle.popitem()[1].notify()
 
-    def _run(self) -> None:
+    def _thread(self, number: int) -> threading.Thread:
+        return threading.Thread(target=self._run, args=(number,), name=f"engine-{number}", daemon=True)
+
+    def _run(self, number: int) -> None:
         if self._on_cpu:
             torch.set_num_threads(1)
         lane = Lane(self._device, self._max_batch_size)
-        while self._step(lane):
+        while self._step(number, lane):
             pass
+        with self._lock:
+            if number in self._renewed and not self._stopping:
+                self._renewed.discard(number)
+                self._threads[number] = self._thread(number)
+                self._threads[number].start()
 
-    def _step(self, lane: Lane) -> bool:
-        """Wait for a batch and run it; whoever waits here holds no model. False when it is time to stop."""
-        batch = self._gather()
+    def _step(self, number: int, lane: Lane) -> bool:
+        """Wait for a batch and run it; whoever waits here holds no model. False when the thread's time is over."""
+        batch = self._gather(number)
         if batch is None:
             return False
         started = time.monotonic()
         live = [item for item in batch if not item.future.done()]
         if live:
             if self._on_cpu:
-                torch.set_num_threads(self._threads_for(len(batch)))
+                torch.set_num_threads(self._threads_for(number, len(batch)))
             try:
                 outcomes: _Outcomes = lane.run(live)
             except Exception as error:  # nothing that a batch does may end a lane
@@ -162,15 +167,17 @@ class Engine:
             deliver(live, outcomes)
         return True
 
-    def _gather(self) -> list[Item] | None:
-        """The next batch, prepared. None when it is time to stop."""
+    def _gather(self, number: int) -> list[Item] | None:
+        """The next batch, prepared. None when the lane's thread is to end."""
         batch: list[Item] = []
         group = None
         while True:
             with self._lock:
                 while not batch and not len(self._queue) and not self._stopping:
-                    self._idle.append(threading.Condition(self._lock))
-                    self._idle[-1].wait()
+                    self._idle[number] = threading.Condition(self._lock)
+                    self._idle[number].wait()
+                    if number in self._renewed:
+                        return None
                 item = self._queue.take(group) if len(batch) < self._share(batch) else None
                 if item is None:
                     if batch or self._stopping:
@@ -192,16 +199,17 @@ class Engine:
         under_way = len(self._queue) + self._taken
         return good_size(batch[0].models[0].path, -(-under_way // self._lanes), self._max_batch_size, self._on_cpu)
 
-    def _threads_for(self, images: int) -> int:
-        """The cores that a batch of so many images should use: all, if it is alone and lately was.
-
-        Callers who were answered a moment ago will be back: a batch that takes the other lanes' cores meanwhile is
-        still there then, and its threads and theirs wait for each other.
-        """
+    def _threads_for(self, number: int, images: int) -> int:
+        """The threads for a lane's batch of so many images; lanes that wait with too many are given a new thread."""
         with self._lock:
-            self._crowd = max(len(self._queue) + self._taken, _FORGETTING * self._crowd)
-            batches = math.ceil(self._crowd / images)
-        return max(1, self._cores // min(batches, self._lanes))
+            threads = self._cores.take(number, images, len(self._queue) + self._taken)
+            for other in self._cores.too_many(number):
+                waiting = self._idle.pop(other, None)
+                if waiting is not None:
+                    self._cores.give_back(other)
+                    self._renewed.add(other)
+                    waiting.notify()
+        return threads
 
     def _prepare_ahead(self, item: Item) -> None:
         ready = not item.future.done() and self._prepare_now(item)

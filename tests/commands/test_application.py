@@ -123,3 +123,12 @@ def test_a_daemon_begins_without_torchs_compiler_and_has_it_when_it_is_needed() 
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["[]", "True", "True"]
+
+
+def test_what_is_imported_is_not_looked_at_by_the_collector_again() -> None:
+    script = (
+        "import gc; from backboned.server.process import import_torchvision; import_torchvision();"
+        "print(gc.isenabled(), gc.get_freeze_count() > 50_000, len(gc.get_objects()) < 5_000)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True", "True"]

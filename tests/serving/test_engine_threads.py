@@ -1,12 +1,13 @@
 """How many cores a batch is computed by, and which threads stay for that."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,9 +26,17 @@ CORES = 2
 PICTURE = Pixels(bytes(16 * 16 * 3), (16, 16, 3))
 
 
+class Run(NamedTuple):
+    """The thread that ran a batch, how many it had, and its niceness."""
+
+    thread: threading.Thread
+    threads: int
+    niceness: int
+
+
 @pytest.fixture
-def used() -> list[tuple[threading.Thread, int]]:
-    """The thread that ran each batch, and how many it had."""
+def used() -> list[Run]:
+    """A run for each batch."""
     return []
 
 
@@ -35,12 +44,12 @@ def used() -> list[tuple[threading.Thread, int]]:
 def model(
     load: Callable[..., LoadedModel],
     make_network: Callable[..., nn.Module],
-    used: list[tuple[threading.Thread, int]],
+    used: list[Run],
 ) -> LoadedModel:
     """A model that tells `used` by what it is run."""
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:
-        used.append((threading.current_thread(), torch.get_num_threads()))
+        used.append(Run(threading.current_thread(), torch.get_num_threads(), niceness()))
         return x.flatten(1)[:, :3]
 
     head = LoadedStage(StageKey("digits", "head", "it counts", torch.float32), Stage("head", (), forward), nn.Module())
@@ -58,40 +67,51 @@ def engine(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine.stop()
 
 
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
 async def ask(engine: Engine, model: LoadedModel, images: int = 1) -> None:
     await asyncio.wait_for(asyncio.gather(*engine.submit([model], [PICTURE] * images)), 30)
 
 
 async def test_what_is_alone_is_computed_by_all_cores_unless_there_was_a_crowd_just_now(
-    engine: Engine, model: LoadedModel, used: list[tuple[threading.Thread, int]]
+    engine: Engine, model: LoadedModel, used: list[Run]
 ) -> None:
     for _ in range(20):
         await ask(engine, model)
-    assert {threads for _, threads in used} == {CORES}, "nobody else has asked"
+    assert {run.threads for run in used} == {CORES}, "nobody else has asked"
     await ask(engine, model, 16)
     used.clear()
     for _ in range(5):
         await ask(engine, model)
-    assert {threads for _, threads in used} == {1}, "those who asked a moment ago may be back"
+    assert {run.threads for run in used} == {1}, "those who asked a moment ago may be back"
     for _ in range(60):
         await ask(engine, model)
-    assert used[-1][1] == CORES, "they were not"
+    assert used[-1].threads == CORES, "they were not"
 
 
 async def test_only_one_thread_stays_that_has_used_all_cores(
-    engine: Engine, model: LoadedModel, used: list[tuple[threading.Thread, int]]
+    engine: Engine, model: LoadedModel, used: list[Run]
 ) -> None:
     deadline = time.monotonic() + 60
-    while len({thread for thread, threads in used if threads == CORES}) < 3:
+    while len({run.thread for run in used if run.threads == CORES}) < 3:
         assert time.monotonic() < deadline, "both lanes take batches that are alone"
         await ask(engine, model, 16)  # wakes both lanes: either may be the last to wait, and so the next to be woken
         for _ in range(60):
             await ask(engine, model)
     await asyncio.sleep(0.2)
     await ask(engine, model)
-    wide = {thread for thread, threads in used if threads == CORES}
-    for thread in wide - {used[-1][0]}:
+    wide = {run.thread for run in used if run.threads == CORES}
+    for thread in wide - {used[-1].thread}:
         thread.join(10)
-    assert [thread for thread in wide if thread.is_alive()] == [used[-1][0]]
+    assert [thread for thread in wide if thread.is_alive()] == [used[-1].thread]
     await ask(engine, model, 16)
     assert sum(thread.name.startswith("engine-") for thread in threading.enumerate()) == CORES
+
+
+async def test_lanes_let_the_thread_that_takes_calls_go_first(
+    engine: Engine, model: LoadedModel, used: list[Run]
+) -> None:
+    await ask(engine, model)
+    assert used[0].niceness == min(niceness() + 5, 19)

@@ -37,6 +37,7 @@ from backboned.server.database import meaning, open_database
 from backboned.server.database_watch import DatabaseWatch
 from backboned.server.ops.http import HttpServer, application
 from backboned.server.ops.metrics import Metrics
+from backboned.server.process import collect_no_more
 from backboned.server.serving.admission import Admission
 from backboned.server.serving.choose import Chooser
 from backboned.server.serving.deletions import Deletions
@@ -280,6 +281,7 @@ async def _serve(config: Config) -> None:
             log.info("stopping before all models are loaded")
             return
         addresses = starting.result()
+        collect_no_more()
         if config.ready_file is not None:
             content = json.dumps(addresses) + "\n"
             write_atomically(config.ready_file, lambda file: file.write(content.encode()))

@@ -8,10 +8,12 @@ pool of threads decodes ahead, and two lanes, each with a stream and a pinned bu
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,6 +35,9 @@ Prepare = Callable[[bytes | Pixels | Prepared, Preprocessing], Tensor]
 _Outcomes = Sequence[tuple[Answer, ...] | Exception]
 
 _EAGER_BATCH_ON_CPU = 8
+_NICENESS = 5
+"""Of a lane on a CPU, beyond that of the daemon: where all want the cores, it gets a third of what others do."""
+
 _CUDA_LANES = 2
 
 
@@ -136,6 +141,7 @@ class Engine:
     def _run(self, number: int) -> None:
         if self._on_cpu:
             torch.set_num_threads(1)
+            _stand_back()
         lane = Lane(self._device, self._max_batch_size)
         while self._step(number, lane):
             pass
@@ -237,6 +243,13 @@ class Engine:
         self._telemetry.predict_phase("compute", seconds)
         for item in batch:
             self._telemetry.predict_phase("queue", started - item.queued_at)
+
+
+def _stand_back() -> None:
+    """Let the thread that takes calls, which needs a moment for each, go before this one, which has much to do."""
+    thread = threading.get_native_id()
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 def good_size(path: Sequence[LoadedStage], images: int, largest: int, on_cpu: bool) -> int:

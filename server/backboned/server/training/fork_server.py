@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from backboned.server.process import import_torchvision
+from backboned.server.process import collect_no_more, import_torchvision
 from backboned.server.training.priority import yield_to_serving
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     channel.send(json.dumps({"ready": ready}).encode())
     if ready:
         gc.collect()
-        gc.freeze()  # so that no trainer's collector writes to what all share, which would copy it
+        collect_no_more()  # so that no trainer's collector writes to what all share, which would copy it
         _serve(channel, trainer.main)
     return 0
 

@@ -140,6 +140,7 @@ class Engine:
 
     def _run(self, number: int) -> None:
         if self._on_cpu:
+            torch.get_num_threads()  # the first time in a thread, torch gives it what any other one has set last
             torch.set_num_threads(1)
             _stand_back()
         lane = Lane(self._device, self._max_batch_size)

@@ -49,9 +49,6 @@ def model(
     """A model that tells `used` by what it is run."""
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:
-        loader = threading.Thread(target=torch.set_num_threads, args=(1,))  # it sets its own, and is to change no other
-        loader.start()
-        loader.join()
         used.append(Run(threading.current_thread(), torch.get_num_threads(), niceness()))
         return x.flatten(1)[:, :3]
 
@@ -62,7 +59,16 @@ def model(
 
 @pytest.fixture
 def engine(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An engine on a machine of two cores."""
+    """An engine on a machine of two cores, where another thread sets its own threads whenever a lane has."""
+    set_threads = torch.set_num_threads
+
+    def with_another(threads: int) -> None:
+        set_threads(threads)
+        another = threading.Thread(target=set_threads, args=(1,))
+        another.start()
+        another.join()
+
+    monkeypatch.setattr(torch, "set_num_threads", with_another)
     monkeypatch.setattr(engine_module, "usable_cores", lambda: CORES)
     engine = Engine(Device.choose("cpu", "fp32"), telemetry, partial(prepare, max_pixels=10_000))
     engine.start()

@@ -119,6 +119,31 @@ async def test_only_one_thread_stays_that_has_used_all_cores(
     assert sum(thread.name.startswith("engine-") for thread in threading.enumerate()) == CORES
 
 
+async def test_a_lane_goes_on_where_no_new_thread_can_be_had(
+    engine: Engine, model: LoadedModel, used: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+    start = threading.Thread.start
+
+    def none_for_lanes(thread: threading.Thread) -> None:
+        if thread.name.startswith("engine-"):
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_for_lanes)
+    deadline = time.monotonic() + 60
+    while not refused:
+        assert time.monotonic() < deadline, "a lane is to be given a new thread"
+        await ask(engine, model, 16)
+        for _ in range(60):
+            await ask(engine, model)
+    used.clear()
+    while len({run.thread for run in used}) < CORES:
+        assert time.monotonic() < deadline, "both lanes answer still"
+        await ask(engine, model, 16)
+
+
 async def test_lanes_let_the_thread_that_takes_calls_go_first(
     engine: Engine, model: LoadedModel, used: list[Run]
 ) -> None:

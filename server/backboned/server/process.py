@@ -55,7 +55,7 @@ def import_torchvision() -> None:
 
 def collect_no_more() -> None:
     """Leave all objects that are there now out of later collections. Such as nobody uses any more are freed all the
-    same, but for those that form a circle.
+    same, but for cycles.
     """
     gc.freeze()
 

@@ -144,13 +144,22 @@ class Engine:
             torch.set_num_threads(1)
             _stand_back()
         lane = Lane(self._device, self._max_batch_size)
-        while self._step(number, lane):
+        while self._step(number, lane) or not self._hand_over(number):
             pass
+
+    def _hand_over(self, number: int) -> bool:
+        """Give the lane a new thread, if that is why this one is to end; False if there is none to be had."""
         with self._lock:
-            if number in self._renewed and not self._stopping:
-                self._renewed.discard(number)
-                self._threads[number] = self._thread(number)
-                self._threads[number].start()
+            if number not in self._renewed or self._stopping:
+                return True
+            self._renewed.discard(number)
+            successor = self._thread(number)
+            try:
+                successor.start()
+            except RuntimeError:  # the system gives no more threads
+                return False
+            self._threads[number] = successor
+            return True
 
     def _step(self, number: int, lane: Lane) -> bool:
         """Wait for a batch and run it; whoever waits here holds no model. False when the thread's time is over."""

@@ -138,7 +138,7 @@ def test_the_bounds_hold_unless_a_call_is_alone(
 def test_a_call_that_would_be_answered_too_late_is_refused_at_once() -> None:
     admission = Admission(1000, 10**6, lambda images: images / 10)
     with admission.admit("flowers", 50, 1000):
-        with admission.admit("flowers", 1, 10, patience_seconds=6.0), admission.admit("flowers", 1, 10):
+        with admission.admit("flowers", 1, 10, patience_seconds=8.0), admission.admit("flowers", 1, 10):
             pass
         with (
             pytest.raises(BackbonedError, match="too long for the deadline") as caught,
@@ -147,5 +147,7 @@ def test_a_call_that_would_be_answered_too_late_is_refused_at_once() -> None:
             pass
         assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED
         assert caught.value.retry_delay_seconds == pytest.approx(2.5)
+        with pytest.raises(BackbonedError, match="too long"), admission.admit("flowers", 1, 10, patience_seconds=5.1):
+            pytest.fail("an image that takes a little longer would be too late")
     with admission.admit("flowers", 1, 10, patience_seconds=0.01):  # nothing is before it
         pass

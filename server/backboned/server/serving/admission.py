@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from backboned.registry.errors import BackbonedError, ErrorKind
 
+_SHARE_OF_PATIENCE = 0.7
+"""Of the time that a caller waits: more than that before it, and it would only just be answered, or only just not."""
+
 
 class Admission:
     """Bounds what is under way, from a call's arrival to its answer. For one thread.
@@ -54,7 +57,7 @@ class Admission:
         if fits and patience_seconds is None:
             return
         wait = self._seconds_to_clear(held)
-        if fits and patience_seconds is not None and wait < patience_seconds:
+        if fits and patience_seconds is not None and wait < _SHARE_OF_PATIENCE * patience_seconds:
             return
         delay = min(max(wait / 2, 0.05), 10.0)
         raise BackbonedError(

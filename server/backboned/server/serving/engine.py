@@ -163,9 +163,10 @@ class Engine:
 
     def _step(self, number: int, lane: Lane) -> bool:
         """Wait for a batch and run it; whoever waits here holds no model. False when the thread's time is over."""
-        batch = self._gather(number)
-        if batch is None:
+        gathered = self._gather(number)
+        if gathered is None:
             return False
+        begun, batch = gathered
         started = time.monotonic()
         live = [item for item in batch if not item.future.done()]
         if live:
@@ -176,17 +177,17 @@ class Engine:
             except Exception as error:  # nothing that a batch does may end a lane
                 log.exception("a batch of %d images failed", len(live))
                 outcomes = [as_told(error)] * len(live)
-            self._tell(live, started)
+            self._tell(live, begun, started)
         with self._lock:
             self._taken -= len(batch)  # before its callers are answered, and ask for more
         if live:
             deliver(live, outcomes)
         return True
 
-    def _gather(self, number: int) -> list[Item] | None:
-        """The next batch, prepared. None when the lane's thread is to end."""
+    def _gather(self, number: int) -> tuple[float, list[Item]] | None:
+        """When work on the next batch began, and that batch, prepared. None when the lane's thread is to end."""
         batch: list[Item] = []
-        group = None
+        group, begun = None, 0.0
         while True:
             with self._lock:
                 while not batch and not len(self._queue) and not self._stopping:
@@ -196,10 +197,13 @@ class Engine:
                         return None
                 item = self._queue.take(group) if len(batch) < self._share(batch) else None
                 if item is None:
-                    if batch or self._stopping:
-                        return batch or None
+                    if batch:
+                        return begun, batch
+                    if self._stopping:
+                        return None
                     continue
                 self._taken += 1
+            begun = begun if batch else time.monotonic()
             if item.image is not None or self._prepare_now(item):
                 batch.append(item)
                 group = group or Group.of(item.models[0])
@@ -245,12 +249,12 @@ class Engine:
             self._telemetry.predict_phase("decode", time.monotonic() - started)
         return True
 
-    def _tell(self, batch: Sequence[Item], started: float) -> None:
-        seconds = time.monotonic() - started
-        speed = len(batch) / max(seconds, 1e-6)
+    def _tell(self, batch: Sequence[Item], begun: float, started: float) -> None:
+        now = time.monotonic()
+        speed = len(batch) / max(now - begun, 1e-6)
         self._images_per_second = speed if not self._images_per_second else 0.8 * self._images_per_second + 0.2 * speed
         self._telemetry.batch(len(batch))
-        self._telemetry.predict_phase("compute", seconds)
+        self._telemetry.predict_phase("compute", now - started)
         for item in batch:
             self._telemetry.predict_phase("queue", started - item.queued_at)
 

@@ -16,6 +16,8 @@ _IDEMPOTENT = (
     "GetReport",
     "ListDatasets",
 )
+# A server that stops answers CANCELLED, not UNAVAILABLE, to a call that crosses its word on the way (grpc/grpc#41785).
+_TRANSIENT = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED")
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
@@ -27,7 +29,7 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
             "initialBackoff": "0.1s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            "retryableStatusCodes": _TRANSIENT,
         },
     }
     return [

@@ -24,9 +24,12 @@ UNAVAILABLE = BackbonedError(ErrorKind.UNAVAILABLE, "not loaded yet")
 def answered(name: str) -> Any:
     """A method that answers what the test says under its `name`."""
 
-    async def call(service: "Service", request: Any, _: Any) -> Any:
+    async def call(service: "Service", request: Any, context: Any) -> Any:
         service.requests.append(request)
-        return service.replies[name](request)
+        reply = service.replies[name](request)
+        if isinstance(reply, grpc.StatusCode):
+            await context.abort(reply)
+        return reply
 
     return call
 
@@ -320,6 +323,12 @@ def test_calls_that_are_safe_to_repeat_are_retried(service: Service, client: Cli
     service.replies["Predict"] = first_fails(2, answer)
     assert client.predict("m", [b"x" * 500_000]).version == 7
     assert len(service.requests) == 3
+
+
+def test_a_call_that_a_stopping_server_cancels_is_retried(service: Service, client: Client) -> None:
+    service.replies["Predict"] = lambda r: answer(r) if service.requests[1:] else grpc.StatusCode.CANCELLED
+    assert client.predict("m", [b"x"]).version == 7
+    assert len(service.requests) == 2
 
 
 def test_calls_that_are_not_safe_to_repeat_are_made_once(service: Service, client: Client) -> None:

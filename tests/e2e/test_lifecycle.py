@@ -139,7 +139,7 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(  # noqa: PLR0
         assert fetch(f"{http}/readyz") == "stopping\n"
         with pytest.raises(grpc.RpcError) as refused:
             stub.Predict(request)
-        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # grpc/grpc#41785
         assert not any(call.done() for call in in_flight)
         busy.unlink()
         assert [len(call.result().predictions) for call in in_flight] == [3, 3]

@@ -21,7 +21,6 @@ class ErrorKind(Enum):
     ABORTED = "aborted"
     RESOURCE_EXHAUSTED = "resource exhausted"
     UNAVAILABLE = "unavailable"
-    CANCELLED = "cancelled"
     UNIMPLEMENTED = "unimplemented"
     DATA_LOSS = "data loss"
     INTERNAL = "internal"

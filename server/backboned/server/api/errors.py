@@ -29,7 +29,6 @@ _CODES = {
     ErrorKind.ABORTED: grpc.StatusCode.ABORTED,
     ErrorKind.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-    ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
     ErrorKind.UNIMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
     ErrorKind.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
     ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,

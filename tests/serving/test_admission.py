@@ -89,7 +89,7 @@ def test_room_is_given_back_whatever_ends_a_call(error: type[BaseException]) -> 
         assert admission.images == 0
 
 
-@pytest.mark.parametrize(("seconds", "delay"), [(0.0, 0.05), (0.06, 0.05), (3.0, 1.5), (20.0, 10.0), (1e9, 10.0)])
+@pytest.mark.parametrize(("seconds", "delay"), [(0.0, 0.1), (0.3, 0.2), (3.0, 1.5), (20.0, 10.0), (1e9, 10.0)])
 def test_the_delay_is_half_of_what_clears_the_queue_within_bounds(seconds: float, delay: float) -> None:
     asked: list[int] = []
 
@@ -104,7 +104,7 @@ def test_the_delay_is_half_of_what_clears_the_queue_within_bounds(seconds: float
             pytest.fail("it was let in")
     assert asked == [4] and caught.value.retry_delay_seconds == delay
     assert caught.value.message == (
-        f"the queue is full (4 images, 70 bytes wait, 4 images of them for a); try again in {delay:.2f} s"
+        f"the queue is full (4 images, 70 bytes wait, 4 images of them for a); try again in {delay:.1f} s"
     )
 
 
@@ -151,3 +151,14 @@ def test_a_call_that_would_be_answered_too_late_is_refused_at_once() -> None:
             pytest.fail("an image that takes a little longer would be too late")
     with admission.admit("flowers", 1, 10, patience_seconds=0.01):  # nothing is before it
         pass
+
+
+def test_a_deadline_that_is_too_near_is_told_before_it_is_known_what_is_asked() -> None:
+    admission = Admission(1000, 10**6, lambda images: images / 10)
+    admission.check_wait(0.01)  # nothing is before it
+    with admission.admit("flowers", 50, 1000):
+        for patience_seconds in (None, 8.0):
+            admission.check_wait(patience_seconds)
+        with pytest.raises(BackbonedError, match=r"too long for the deadline; try again in 2\.5 s") as caught:
+            admission.check_wait(5.1)
+    assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED and caught.value.retry_delay_seconds == 2.5

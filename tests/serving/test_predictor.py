@@ -491,6 +491,20 @@ async def test_a_full_queue_refuses_with_a_delay_and_takes_again_afterwards(
     assert len((await desk.ask("flowers", png(0), png(1))).predictions) == 2
 
 
+async def test_a_deadline_that_is_too_near_is_refused_and_counted_before_the_call_is_read(
+    make_desk: Callable[..., Desk],
+) -> None:
+    desk = make_desk()
+    desk.predictor.check_wait(0.001)
+    waiting = asyncio.create_task(desk.ask("flowers", png(0)))
+    await queued(desk, 1)
+    with pytest.raises(BackbonedError, match="too long for the deadline"):
+        desk.predictor.check_wait(0.001)
+    assert desk.telemetry.done == [("", "RESOURCE_EXHAUSTED")]
+    desk.engine.start()
+    await waiting
+
+
 async def test_a_call_that_is_alone_is_let_in_whatever_its_size(make_desk: Callable[..., Desk]) -> None:
     desk = make_desk(max_queued_images=1, max_queued_bytes=1)
     desk.engine.start()

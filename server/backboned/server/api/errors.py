@@ -3,17 +3,18 @@
 import errno
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from backboned.registry.errors import BackbonedError, ErrorKind
+from backboned.registry.errors import BackbonedError, ErrorKind, invalid
 from backboned.server.database import meaning
 
 log = logging.getLogger(__name__)
@@ -43,20 +44,34 @@ _DISK = {
 }
 
 Handler = Callable[[Any, Any], Any]
+Check = Callable[[Any], None]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status with details. Handlers raise `BackbonedError` and never abort."""
+    """Turns what a handler raises into a status with details. Handlers raise `BackbonedError` and never abort.
+
+    `checks` are made, by method, of the context of each call before its message is read, which is most of the work
+    with a call that is refused. For methods with one message each way.
+    """
+
+    def __init__(self, checks: Mapping[str, Check] | None = None) -> None:
+        self._checks = checks or {}
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap the handler of one call."""
-        handler = await continuation(handler_call_details)
+        """The handler of one call: that of its method, wrapped."""
         method = handler_call_details.method
+        if method in self._wrapped:
+            return self._wrapped[method]
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):  # health and reflection have answers of their own
             return handler
+        return self._wrapped.setdefault(method, self._wrap(handler, method))
+
+    def _wrap(self, handler: "grpc.RpcMethodHandler[Any, Any]", method: str) -> "grpc.RpcMethodHandler[Any, Any]":
         if handler.response_streaming:
             inner = handler.stream_stream or handler.unary_stream
             make = (
@@ -65,6 +80,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             wrapped: Handler = _stream(inner, method)
+        elif method in self._checks:
+            make = grpc.stream_unary_rpc_method_handler  # with which gRPC leaves the reading to the handler
+            wrapped = _unary(_read_once_checked(handler.unary_unary, self._checks[method]), method)
         else:
             inner = handler.stream_unary or handler.unary_unary
             make = (
@@ -95,11 +113,19 @@ def status_of(error: BackbonedError) -> status_pb2.Status:
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BackbonedError) -> NoReturn:
+    await context.abort(*_told(error.kind, error.message, error.field, error.retry_delay_seconds))
+
+
+@lru_cache(maxsize=64)  # under overload many calls are told the same
+def _told(
+    kind: ErrorKind, message: str, field: str | None, retry_delay_seconds: float | None
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+    error = BackbonedError(kind, message, field=field, retry_delay_seconds=retry_delay_seconds)
     status = rpc_status.to_status(status_of(error))
     metadata = list(status.trailing_metadata)
-    if error.retry_delay_seconds is not None:
-        metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_delay_seconds * 1000))))
-    await context.abort(status.code, status.details, tuple(metadata))
+    if retry_delay_seconds is not None:
+        metadata.append(("grpc-retry-pushback-ms", str(round(retry_delay_seconds * 1000))))
+    return status.code, status.details, tuple(metadata)
 
 
 def expected(error: Exception) -> BackbonedError | None:
@@ -118,6 +144,22 @@ def unexpected(error: Exception, method: str) -> BackbonedError:
     return BackbonedError(
         ErrorKind.INTERNAL, f"an unexpected error; the daemon's log tells more under reference {reference}"
     )
+
+
+def _read_once_checked(inner: Handler | None, check: Check) -> Handler:
+    assert inner is not None
+
+    async def call(_: Any, context: Any) -> Any:
+        check(context)
+        try:
+            request = await context.read()
+        except DecodeError:
+            raise invalid("the message can't be read: it is of another type, or damaged") from None
+        if request is grpc.aio.EOF:
+            raise invalid("the call has no message")
+        return await inner(request, context)
+
+    return call
 
 
 def _unary(inner: Handler | None, method: str) -> Handler:

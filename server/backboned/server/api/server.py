@@ -26,7 +26,7 @@ class GrpcServer:
 
     def __init__(self, service: ModelService, *, max_message_bytes: int, frontends: Frontends | None = None) -> None:
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor({f"/{SERVICE}/Predict": service.check_wait})],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

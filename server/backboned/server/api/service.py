@@ -128,6 +128,10 @@ class ModelService(Uploads, VersionService):
             total_size=page.total,
         )
 
+    def check_wait(self, context: Context) -> None:
+        """Refuse a Predict call whose deadline is too near, before its message is read."""
+        self._rooms.predictor.check_wait(context.time_remaining())
+
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""
         return await self._predict(request, context.time_remaining())

@@ -199,7 +199,7 @@ class Metrics:
 
     def _add_serving(self) -> None:
         self._predict_requests = self._counter(
-            "predict_requests_total", "Predict calls by gRPC status; no model for unknown ones.", ("model", "code")
+            "predict_requests_total", "Predict calls by gRPC status; no model if unknown or unread.", ("model", "code")
         )
         self._predict_duration = self._histogram(
             "predict_duration_seconds", "Time of a Predict call in each of its phases.", _CALL_SECONDS, ("phase",)

@@ -1,5 +1,6 @@
 """How much may wait: in images, in bytes, and for one model in what the others leave."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,23 @@ class Admission:
         self._seconds_to_clear = seconds_to_clear
         self._images: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+        self._held_images = self._held_bytes = 0
 
     @property
     def images(self) -> int:
         """How many are under way."""
-        return self._images.total()
+        return self._held_images
+
+    def check_wait(self, patience_seconds: float | None) -> None:
+        """Refuse a call whose caller waits no longer than what is before it takes, whatever it asks, and of whom.
+
+        Raises `BackbonedError` `RESOURCE_EXHAUSTED`, with the delay after which to try again.
+        """
+        if patience_seconds is None or not self._held_images:
+            return
+        wait = self._seconds_to_clear(self._held_images)
+        if wait >= _SHARE_OF_PATIENCE * patience_seconds:
+            raise _refusal("too long for the deadline", wait)  # in words that are often the same: they are kept
 
     @contextmanager
     def admit(self, model: str, images: int, size: int, patience_seconds: float | None = None) -> Iterator[None]:
@@ -37,32 +50,38 @@ class Admission:
         and where what is before it takes longer than its caller waits. A call that is alone is let in whatever its
         size: it could never be otherwise.
         """
-        if self._images:
-            self._check(model, images, size, patience_seconds)
-        self._images[model] += images
-        self._bytes[model] += size
+        if self._held_images:
+            self.check_wait(patience_seconds)
+            self._check_room(model, images, size)
+        self._count(model, images, size)
         try:
             yield
         finally:
-            for counter, count in ((self._images, images), (self._bytes, size)):
-                counter[model] -= count
-                if not counter[model]:
-                    del counter[model]
+            self._count(model, -images, -size)
 
-    def _check(self, model: str, images: int, size: int, patience_seconds: float | None) -> None:
-        held, held_bytes = self._images.total(), self._bytes.total()
-        fits = self._images[model] + images <= self._max_images - held and (
-            self._bytes[model] + size <= self._max_bytes - held_bytes
-        )
-        if fits and patience_seconds is None:
-            return
-        wait = self._seconds_to_clear(held)
-        if fits and patience_seconds is not None and wait < _SHARE_OF_PATIENCE * patience_seconds:
-            return
-        delay = min(max(wait / 2, 0.05), 10.0)
-        raise BackbonedError(
-            ErrorKind.RESOURCE_EXHAUSTED,
-            f"the queue is {'too long for the deadline' if fits else 'full'} ({held} images, {held_bytes} bytes wait, "
-            f"{self._images[model]} images of them for {model}); try again in {delay:.2f} s",
-            retry_delay_seconds=delay,
-        )
+    def _check_room(self, model: str, images: int, size: int) -> None:
+        if self._images[model] + images > self._max_images - self._held_images or (
+            self._bytes[model] + size > self._max_bytes - self._held_bytes
+        ):
+            full = (
+                f"full ({self._held_images} images, {self._held_bytes} bytes wait, "
+                f"{self._images[model]} images of them for {model})"
+            )
+            raise _refusal(full, self._seconds_to_clear(self._held_images))
+
+    def _count(self, model: str, images: int, size: int) -> None:
+        self._held_images += images
+        self._held_bytes += size
+        for counter, count in ((self._images, images), (self._bytes, size)):
+            counter[model] += count
+            if not counter[model]:
+                del counter[model]
+
+
+def _refusal(why: str, wait_seconds: float) -> BackbonedError:
+    delay = math.ceil(10 * min(max(wait_seconds / 2, 0.1), 10.0)) / 10
+    return BackbonedError(
+        ErrorKind.RESOURCE_EXHAUSTED,
+        f"the queue is {why}; try again in {delay:.1f} s",
+        retry_delay_seconds=delay,
+    )

@@ -36,6 +36,14 @@ class Predictor:
         self._admission = admission
         self._telemetry = telemetry
 
+    def check_wait(self, patience_seconds: float | None) -> None:
+        """Refuse, before it is known what it asks, a call that `predict` would refuse for its deadline."""
+        try:
+            self._admission.check_wait(patience_seconds)
+        except BackbonedError as error:
+            self._telemetry.predict_done("", error.kind.name)
+            raise
+
     async def predict(self, call: Call) -> tuple[Result, ...]:
         """A result for each target, in their order. Raises `BackbonedError`; see the proto for which."""
         started = time.monotonic()

@@ -1,8 +1,9 @@
-"""The least that a call costs a Python server: gRPC alone, which refuses whatever comes. Its limit under overload."""
+"""The least that a call costs a Python server: gRPC alone, which refuses whatever comes, unread. Its limit in overload."""
 
 import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
@@ -14,10 +15,10 @@ async def main() -> None:
     """Say the address, and refuse until the standard input ends."""
     server = grpc.aio.server()
 
-    async def refuse(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", _DELAY)
 
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(refuse)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(refuse)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("backboned.v1.ModelService", {"Predict": handler}),)
     )

@@ -1,4 +1,4 @@
-"""The least that a call costs a Python server: gRPC alone, which refuses whatever comes, unread. Its limit in overload."""
+"""The least that a call costs a Python server: gRPC alone, which refuses all of them unread. Its limit in overload."""
 
 import asyncio
 import json

@@ -83,7 +83,7 @@ async def test_the_check_knows_the_deadline(channel: Any, desk: Desk) -> None:
     await ask(channel, FLOWERS, timeout=50)
     await ask(channel, FLOWERS)
     first, second = desk.time_remaining
-    assert first is not None and 0 < first <= 50 and second is None
+    assert first is not None and 40 < first < 60 and second is None  # on the wire it is rounded
 
 
 async def test_what_fails_after_the_check_fails_as_ever(channel: Any) -> None:

@@ -137,9 +137,15 @@ def test_ready_means_loaded_and_a_stop_finishes_what_is_in_flight(  # noqa: PLR0
         os.kill(daemon.pid, signal.SIGTERM)
         assert [next(w).status for w in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
         assert fetch(f"{http}/readyz") == "stopping\n"
-        with pytest.raises(grpc.RpcError) as refused:
-            stub.Predict(request)
-        assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # grpc/grpc#41785
+
+        def is_unavailable() -> bool:
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Predict(request)
+            code = refused.value.code()
+            assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # just then: grpc/grpc#41785
+            return code is grpc.StatusCode.UNAVAILABLE
+
+        wait_for(is_unavailable)
         assert not any(call.done() for call in in_flight)
         busy.unlink()
         assert [len(call.result().predictions) for call in in_flight] == [3, 3]

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 
@@ -97,3 +98,35 @@ def epochs(client: Client, job_id: str) -> int:
     """How many epochs a job has on disk."""
     version = client.get_job(job_id).version
     return len(list(client.list_checkpoints(model="flowers", filter=f"version = {version}")))
+
+
+async def test_a_flood_of_one_model_with_long_deadlines_delays_no_other_ones_short_one(
+    served: LocalDaemon, photo: bytes
+) -> None:
+    async with grpc.aio.insecure_channel(served.grpc) as floods, grpc.aio.insecure_channel(served.grpc) as calls:
+        flood, stub = ModelServiceStub(floods), ModelServiceStub(calls)
+        many = pb.PredictRequest(model="scenes", images=[pb.Image(encoded=photo)] * 128)
+        one = pb.PredictRequest(model="flowers", images=[pb.Image(encoded=photo)])
+        waits: list[float] = []
+
+        async def ask() -> None:
+            while True:
+                began = time.monotonic()
+                await flood.Predict(many, timeout=600)
+                waits.append(time.monotonic() - began)
+
+        flooding = [asyncio.create_task(ask()) for _ in range(8)]
+        try:
+            async with asyncio.timeout(300):
+                while len(waits) < 24:  # noqa: ASYNC110 - by then each call finds a full queue before it
+                    await asyncio.sleep(0.01)
+                patience = 0.5 * min(waits[16:])
+                answers = [await stub.Predict(one, timeout=patience) for _ in range(20)]
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Predict(many, timeout=patience)
+        finally:
+            for task in flooding:
+                task.cancel()
+            await asyncio.gather(*flooding, return_exceptions=True)
+    assert len(answers) == 20
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -153,12 +153,41 @@ def test_a_call_that_would_be_answered_too_late_is_refused_at_once() -> None:
         pass
 
 
-def test_a_deadline_that_is_too_near_is_told_before_it_is_known_what_is_asked() -> None:
+def test_a_deadline_that_is_too_near_is_told_before_the_call_is_read() -> None:
     admission = Admission(1000, 10**6, lambda images: images / 10)
-    admission.check_wait(0.01)  # nothing is before it
+    admission.check_wait("flowers", 0.01)  # nothing is before it
     with admission.admit("flowers", 50, 1000):
         for patience_seconds in (None, 8.0):
-            admission.check_wait(patience_seconds)
+            admission.check_wait("flowers", patience_seconds)
         with pytest.raises(BackbonedError, match=r"too long for the deadline; try again in 2\.5 s") as caught:
-            admission.check_wait(5.1)
+            admission.check_wait("flowers", 5.1)
+        admission.check_wait("pets", 0.2)
+        admission.check_wait("", 0.2)
     assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED and caught.value.retry_delay_seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "taken", "before"),
+    [
+        ("new", 1, 0, 2),
+        ("new", 1, 8, 10),
+        ("new", 30, 0, 40),
+        ("few", 1, 0, 21),
+        ("few", 5, 8, 33),
+        ("few", 500, 0, 110),
+        ("flood", 1, 0, 110),
+        ("flood", 1, 8, 110),
+    ],
+)
+def test_a_call_waits_for_the_turns_of_its_own_model_and_not_for_a_flood(
+    model: str, images: int, taken: int, before: int
+) -> None:
+    admission = Admission(1000, 10**6, float, lambda: taken)
+    with admission.admit("flood", 100, 1), admission.admit("few", 10, 1):
+        with admission.admit(model, images, 1, patience_seconds=(before + 0.1) / 0.7):
+            pass
+        with (
+            pytest.raises(BackbonedError, match="too long for the deadline"),
+            admission.admit(model, images, 1, patience_seconds=before / 0.7),
+        ):
+            pytest.fail("it was let in")

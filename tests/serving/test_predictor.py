@@ -495,12 +495,13 @@ async def test_a_deadline_that_is_too_near_is_refused_and_counted_before_the_cal
     make_desk: Callable[..., Desk],
 ) -> None:
     desk = make_desk()
-    desk.predictor.check_wait(0.001)
+    desk.predictor.check_wait("flowers", 0.001)
     waiting = asyncio.create_task(desk.ask("flowers", png(0)))
     await queued(desk, 1)
-    with pytest.raises(BackbonedError, match="too long for the deadline"):
-        desk.predictor.check_wait(0.001)
-    assert desk.telemetry.done == [("", "RESOURCE_EXHAUSTED")]
+    for model in ("flowers", "", "nobody"):
+        with pytest.raises(BackbonedError, match="too long for the deadline"):
+            desk.predictor.check_wait(model, 0.001)
+    assert desk.telemetry.done == [(model, "RESOURCE_EXHAUSTED") for model in ("flowers", "", "")]
     desk.engine.start()
     await waiting
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from backboned.registry import Backbone, Preprocessing
+from backboned.registry import Backbone, BackbonedError, Preprocessing
 from backboned.registry.weights import StageWeights
 from backboned.server.compute.device import Device
 from backboned.server.compute.stages import StageStore
+from backboned.server.serving.admission import Admission
 from backboned.server.serving.queue import FairQueue, Group, Item
 from backboned.server.serving.snapshot import LoadedModel
 
@@ -178,3 +180,27 @@ def test_no_item_waits_for_more_of_another_model_than_stand_before_it_in_its_own
             for turn in range(counts[name]):
                 before = order[: order.index(f"{name}{turn}")]
                 assert all(sum(each[0] == other for each in before) <= turn + 1 for other in counts)
+
+
+@settings(deadline=None)
+@given(waiting=st.lists(st.sampled_from("abc"), max_size=30), images=st.integers(1, 5))
+def test_a_call_is_told_to_wait_for_what_is_taken_before_it(
+    make_item: MakeItem, waiting: list[str], images: int
+) -> None:
+    queue, admission = FairQueue(), Admission(1000, 1000, float)
+    with ExitStack() as stack:
+        for name in waiting:
+            queue.add([make_item(name)])
+            stack.enter_context(admission.admit(name, 1, 1))
+        queue.add([make_item("a", 1) for _ in range(images)])
+        taken = drained(queue)
+        before = taken.count("a0") + len([name for name in taken[: _last(taken, "a1")] if name[0] != "a"])
+        others = len(set(waiting) - {"a"})  # each may have had its turn just before
+        admission.check_wait("a", (before + others + 0.1) / 0.7, images)
+        if before:
+            with pytest.raises(BackbonedError):
+                admission.check_wait("a", before / 0.7, images)
+
+
+def _last(taken: list[str], name: str) -> int:
+    return len(taken) - 1 - taken[::-1].index(name)

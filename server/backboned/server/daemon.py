@@ -150,7 +150,9 @@ class Daemon:
             trust=trust,
             on_loaded=self._compiler.consider,
         )
-        admission = Admission(config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear)
+        admission = Admission(
+            config.max_queued_images, config.max_queued_bytes, self.engine.seconds_to_clear, self.engine.taken
+        )
         chooser = Chooser(self.loader, records, self.metrics)
         self._memory = Memory.open(config.state_dir / ANSWERS_NAME, config.remember_answers, self.troubles)
         outcomes = Outcomes(self._memory, lambda: self.loader.snapshot, self.metrics)

@@ -35,6 +35,7 @@ from backboned.v1 import model_service_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+MODEL_KEY = "backboned-model"
 _LOOK_SECONDS = 5.0
 _STREAM_WINDOW = 8
 
@@ -129,8 +130,12 @@ class ModelService(Uploads, VersionService):
         )
 
     def check_wait(self, context: Context) -> None:
-        """Refuse a Predict call whose deadline is too near, before its message is read."""
-        self._rooms.predictor.check_wait(context.time_remaining())
+        """Refuse a Predict call whose deadline is too near, before its message is read.
+
+        Which model's queue it would wait in is told by its metadata, if by anything.
+        """
+        model = next((value for key, value in context.invocation_metadata() or () if key == MODEL_KEY), "")
+        self._rooms.predictor.check_wait(str(model), context.time_remaining())
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""

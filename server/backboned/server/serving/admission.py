@@ -15,13 +15,20 @@ class Admission:
     """Bounds what is under way, from a call's arrival to its answer. For one thread.
 
     A model may hold as much as is still free, and so at most half of everything: however fast its calls come, another
-    model's find room.
+    model's find room. Models take turns, so that a call is told to wait for its own model's images, and for as many of
+    each other one.
     """
 
-    def __init__(self, max_images: int, max_bytes: int, seconds_to_clear: Callable[[int], float]) -> None:
-        """`seconds_to_clear` tells how long so many images take."""
+    def __init__(
+        self,
+        max_images: int,
+        max_bytes: int,
+        seconds_to_clear: Callable[[int], float],
+        taken: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`seconds_to_clear` tells how long so many images take; `taken` how many are beyond taking turns."""
         self._max_images, self._max_bytes = max_images, max_bytes
-        self._seconds_to_clear = seconds_to_clear
+        self._seconds_to_clear, self._taken = seconds_to_clear, taken
         self._images: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._held_images = self._held_bytes = 0
@@ -31,15 +38,18 @@ class Admission:
         """How many are under way."""
         return self._held_images
 
-    def check_wait(self, patience_seconds: float | None) -> None:
-        """Refuse a call whose caller waits no longer than what is before it takes, whatever it asks, and of whom.
+    def check_wait(self, model: str, patience_seconds: float | None, images: int = 1) -> None:
+        """Refuse a call of `model` whose caller waits no longer than what is before it takes.
 
         Raises `BackbonedError` `RESOURCE_EXHAUSTED`, with the delay after which to try again.
         """
         if patience_seconds is None or not self._held_images:
             return
-        wait = self._seconds_to_clear(self._held_images)
-        if wait >= _SHARE_OF_PATIENCE * patience_seconds:
+        limit = _SHARE_OF_PATIENCE * patience_seconds
+        if self._seconds_to_clear(self._held_images) < limit:
+            return
+        wait = self._seconds_to_clear(self._before(model, images))
+        if wait >= limit:
             raise _refusal("too long for the deadline", wait)  # in words that are often the same: they are kept
 
     @contextmanager
@@ -51,13 +61,19 @@ class Admission:
         size: it could never be otherwise.
         """
         if self._held_images:
-            self.check_wait(patience_seconds)
+            self.check_wait(model, patience_seconds, images)
             self._check_room(model, images, size)
         self._count(model, images, size)
         try:
             yield
         finally:
             self._count(model, -images, -size)
+
+    def _before(self, model: str, images: int) -> int:
+        """How many other images are computed before so many more of `model`: each model has as many turns."""
+        own = self._images[model]
+        others = sum(min(held, own + images) for name, held in self._images.items() if name != model)
+        return min(self._held_images, self._taken() + own + others)
 
     def _check_room(self, model: str, images: int, size: int) -> None:
         if self._images[model] + images > self._max_images - self._held_images or (

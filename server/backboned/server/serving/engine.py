@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from backboned.registry.backbone import Preprocessing
 from backboned.server.compute.device import Device, usable_cores
 from backboned.server.compute.stages import LoadedStage
+from backboned.server.serving.ahead import Ahead
 from backboned.server.serving.calls import Pixels, Prepared
 from backboned.server.serving.cores import Cores
 from backboned.server.serving.lane import Lane, as_told
@@ -62,12 +62,11 @@ class Engine:
         cores = usable_cores()
         self._lanes = threads or (cores if self._on_cpu else _CUDA_LANES)
         self._cores = Cores(cores, self._lanes)
-        self._decoders = None if self._on_cpu else ThreadPoolExecutor(cores, thread_name_prefix="decode")
+        self._ahead = None if self._on_cpu else Ahead(cores, self._prepare_now, self._add)
         self._queue = FairQueue()
         self._lock = threading.Lock()
         self._idle: dict[int, threading.Condition] = {}
         self._renewed: set[int] = set()
-        self._preparing = 0
         self._taken = 0
         self._stopping = False
         self._images_per_second = 0.0
@@ -85,8 +84,8 @@ class Engine:
 
     def stop(self) -> None:
         """Compute what is queued, then stop."""
-        if self._decoders is not None:
-            self._decoders.shutdown(wait=True)
+        if self._ahead is not None:
+            self._ahead.stop()
         with self._lock:
             self._stopping = True
             self._wake(len(self._idle))
@@ -108,18 +107,19 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         items = [Item(tuple(models), source, loop.create_future(), tap, tuple(shadows)) for source in sources]
-        if self._decoders is None:
+        if self._ahead is None:
             self._add(items)
         else:
-            with self._lock:
-                self._preparing += len(items)
-            for item in items:
-                self._decoders.submit(self._prepare_ahead, item)
+            self._ahead.add(items)
         return [item.future for item in items]
 
     def depth(self) -> int:
         """How many images wait."""
-        return len(self._queue) + self._preparing
+        return len(self._queue) + (len(self._ahead) if self._ahead is not None else 0)
+
+    def taken(self) -> int:
+        """How many images lanes have taken, and not answered."""
+        return self._taken
 
     def seconds_to_clear(self, images: int) -> float:
         """About how long `images` take at the speed of the last batches."""
@@ -230,13 +230,6 @@ class Engine:
                     self._renewed.add(other)
                     waiting.notify()
         return threads
-
-    def _prepare_ahead(self, item: Item) -> None:
-        ready = not item.future.done() and self._prepare_now(item)
-        with self._lock:
-            self._preparing -= 1
-        if ready:
-            self._add([item])
 
     def _prepare_now(self, item: Item) -> bool:
         started = time.monotonic()

@@ -36,12 +36,15 @@ class Predictor:
         self._admission = admission
         self._telemetry = telemetry
 
-    def check_wait(self, patience_seconds: float | None) -> None:
-        """Refuse, before it is known what it asks, a call that `predict` would refuse for its deadline."""
+    def check_wait(self, model: str, patience_seconds: float | None) -> None:
+        """Refuse, before it is read, a call that `predict` would refuse for its deadline.
+
+        `model` is the one that it asks; "" where that isn't known, as for one that nobody else waits for.
+        """
         try:
-            self._admission.check_wait(patience_seconds)
+            self._admission.check_wait(model, patience_seconds)
         except BackbonedError as error:
-            self._telemetry.predict_done("", error.kind.name)
+            self._telemetry.predict_done(model if self._chooser.knows(model) else "", error.kind.name)
             raise
 
     async def predict(self, call: Call) -> tuple[Result, ...]:

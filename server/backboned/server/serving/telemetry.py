@@ -7,7 +7,7 @@ class ServingTelemetry(Protocol):
     """Called from the loader's thread, the engine's thread and the event loop; must be thread-safe and quick."""
 
     def predict_done(self, model: str, code: str) -> None:
-        """A Predict call ended with a status code's name. `model` is empty for an unknown one, or one not read."""
+        """A Predict call ended with a status code's name. `model` is empty for one that is unknown, or not told."""
 
     def predict_phase(self, phase: str, seconds: float) -> None:
         """An image's or a call's time in `decode`, `queue`, `compute` or `total`."""

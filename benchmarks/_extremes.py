@@ -36,21 +36,23 @@ class _Peak:
 
 
 def overload(bench: Bench, backbone: str) -> None:
-    """20 times more requests than are answered at best, whether they are answered or not."""
+    """20 times more requests than are answered at best: from callers as the Python client is, and from any others."""
     models = bench.maker(backbone).heads(1)
     seconds = 3.0 if bench.settings.quick else 30.0
     with bench.daemon(f"{backbone}-overload", backbone, models) as daemon:
         best = [bench.load(daemon, backbone, models, callers=32) for _ in range(bench.settings.rounds)]
         rate = TIMES * median(best, "images_per_second")
-        before = resident_bytes(daemon.pid)
-        with _Peak(daemon) as peak:
-            flooded = bench.load(daemon, backbone, models, rate=rate, seconds=seconds)
+        found = {}
+        for group, throttled in (("Python client", True), ("any callers", False)):
+            before = resident_bytes(daemon.pid)
+            with _Peak(daemon) as peak:
+                flooded = bench.load(daemon, backbone, models, rate=rate, seconds=seconds, throttled=throttled)
+            found[group] = {**flooded, "memory_bytes": {"before": before, "peak": peak.bytes}}
+            _tell_overload(bench, f"{backbone}, overload, {group}", median(best, "images_per_second"), found[group])
         after = bench.load(daemon, backbone, models, callers=32)
     refusing = _refusing(bench, rate)
-    memory = {"before": before, "peak": peak.bytes}
     bench.found.measurements[f"overload {backbone}"] = {
-        "best": best, "flooded": flooded, "after": after, "rate": rate, "memory_bytes": memory,
-        "refusing": refusing,
+        "best": best, **found, "after": after, "rate": rate, "refusing": refusing,
     }  # fmt: skip
     cores = len(bench.cores)
     possible = max(0.0, 1 - rate * (refusing["server_ms"] + refusing["callers_ms"]) / 1e3 / cores)
@@ -59,8 +61,7 @@ def overload(bench: Bench, backbone: str) -> None:
         f"its callers {refusing['callers_ms']:.2f} ms"
     )
     group = f"{backbone}, overload"
-    _tell_overload(bench, group, median(best, "images_per_second"), flooded, memory)
-    bench.found.add(group, "left by calls and refusals", 100 * possible, "%", note=note)
+    bench.found.add(group, "left by calls and refusals, were all sent", 100 * possible, "%", note=note)
     bench.found.add(group, "afterwards, 32 callers", after["images_per_second"], "images/s")
 
 
@@ -73,11 +74,11 @@ def _refusing(bench: Bench, rate: float) -> dict[str, float]:
     return {"server_ms": server, "callers_ms": callers}
 
 
-def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any], memory: dict[str, int]) -> None:
+def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any]) -> None:
     add, seconds, cores = bench.found.add, flooded["seconds"], len(bench.cores)
-    sent, codes = flooded["sent"] / seconds, dict(flooded["codes"])
+    asked, codes, memory = flooded["sent"] / seconds, dict(flooded["codes"]), flooded["memory_bytes"]
     add(group, "best, 32 callers", best, "images/s")
-    add(group, "sent", sent, "requests/s", note=f"{sent / best:.1f} times the best; {TIMES * best:.0f} were due")
+    add(group, "asked", asked, "requests/s", note=f"{asked / best:.1f} times the best; {TIMES * best:.0f} were due")
     callers = flooded["callers_cpu_seconds"] / seconds
     ratio = flooded["images_per_second"] / best
     left = ratio / (1 - callers / cores)
@@ -87,7 +88,8 @@ def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any
     if refused:
         count = codes["RESOURCE_EXHAUSTED"]
         undelayed = f"{flooded['refused_without_delay']} of {count} without a retry delay"
-        note = f"p50 {refused['p50']:.1f}, p99 {refused['p99']:.1f} ms; {undelayed}"
+        unsent = f"{flooded['not_sent']} by the callers themselves"
+        note = f"p50 {refused['p50']:.1f}, p99 {refused['p99']:.1f} ms; {undelayed}; {unsent}"
         add(group, "refused, latest", refused["max"], "ms", wanted="< 50", note=note)
     others = sum(count for code, count in codes.items() if code not in ("OK", "RESOURCE_EXHAUSTED"))
     add(group, "other status codes", others, "calls", wanted="0", note=str(codes))

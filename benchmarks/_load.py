@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from backboned.client import ClientError, Throttle
 from backboned.v1 import model_service_pb2 as pb
 from benchmarks._processes import answer_questions, cpu_seconds
 
@@ -41,6 +43,7 @@ class Tally:
     end: float
     latencies: dict[str, list[float]] = field(default_factory=dict)
     without_delay: int = 0
+    not_sent: int = 0
     samples: list[tuple[str, int, bytes]] = field(default_factory=list)
     answers: list[tuple[float, int, bytes]] | None = None
     """When each answer came, to which photo: all of them, also those before `begin`; None: they aren't kept."""
@@ -59,6 +62,12 @@ class Tally:
             self.answers.append((time.monotonic(), photo, response))
         if self.note(sent, "OK") and len(self.samples) < _SAMPLES and random.random() < 0.2:
             self.samples.append((model, photo, response))
+
+    def held_back(self, sent: float, error: ClientError) -> None:
+        """A call was refused before it was sent."""
+        if self.note(sent, error.code.name):
+            self.not_sent += 1
+            self.without_delay += not error.retry_delay_seconds
 
     def refusal(self, sent: float, error: grpc.aio.AioRpcError) -> None:
         """A call was refused, or failed."""
@@ -104,15 +113,26 @@ async def closed_loop(channels: Sequence[grpc.aio.Channel], requests: Requests, 
     await asyncio.gather(*map(caller, channels))
 
 
-async def open_loop(channels: Sequence[grpc.aio.Channel], requests: Requests, tally: Tally, rate: float) -> int:
-    """`rate` requests a second whatever becomes of them; returns how many were sent between the tally's moments."""
+async def open_loop(
+    channels: Sequence[grpc.aio.Channel], requests: Requests, tally: Tally, rate: float, *, throttled: bool
+) -> int:
+    """`rate` requests a second whatever becomes of them; returns how many there were between the tally's moments.
+
+    `throttled`: as the Python client asks, which doesn't send all, and names the model in the metadata.
+    """
+    throttle = Throttle()
     calls: set[asyncio.Task[None]] = set()
     predicts: Iterator[_Predict] = itertools.cycle([channel.unary_unary(_METHOD) for channel in channels])
 
     async def call(model: str, photo: int, request: bytes) -> None:
         sent = time.monotonic()
         try:
-            tally.answer(sent, model, photo, await next(predicts)(request, timeout=30))
+            with throttle.call(model) if throttled else nullcontext():
+                metadata = (("backboned-model", model),) if throttled else None
+                response = await next(predicts)(request, timeout=30, metadata=metadata)
+            tally.answer(sent, model, photo, response)
+        except ClientError as error:
+            tally.held_back(sent, error)
         except grpc.aio.AioRpcError as error:
             tally.refusal(sent, error)
 
@@ -147,7 +167,7 @@ async def measure(photos: Sequence[bytes], question: Mapping[str, Any]) -> dict[
     watching = asyncio.create_task(_cpu(tally, question["pid"]))
     try:
         if rate:
-            sent = await open_loop(channels, requests, tally, rate)
+            sent = await open_loop(channels, requests, tally, rate, throttled=question["throttled"])
         else:
             await closed_loop(channels, requests, tally, question["pause"])
             sent = sum(map(len, tally.latencies.values()))
@@ -171,6 +191,7 @@ def _told(tally: Tally, seconds: float, images: int) -> dict[str, Any]:
         "codes": dict(Counter({code: len(found) for code, found in tally.latencies.items()})),
         "latency_ms": {code: _percentiles(found) for code, found in tally.latencies.items()},
         "refused_without_delay": tally.without_delay,
+        "not_sent": tally.not_sent,
         "latencies": tally.latencies.get("OK", []) if tally.answers is not None else [],
         "answers": [(at, photo, base64.b64encode(answer).decode()) for at, photo, answer in tally.answers or ()],
         "samples": [(model, photo, base64.b64encode(answer).decode()) for model, photo, answer in tally.samples],

@@ -19,6 +19,9 @@ _IDEMPOTENT = (
 # A server that stops answers CANCELLED, not UNAVAILABLE, to a call that crosses its word on the way (grpc/grpc#41785).
 _TRANSIENT = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED")
 
+# Once 500 attempts more have failed than succeeded, failures aren't retried: they would only add to an overload.
+_THROTTLING = {"maxTokens": 1000, "tokenRatio": 1}
+
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
     """gRPC options of a channel whose messages have at most so many bytes in either direction."""
@@ -33,7 +36,7 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, object]]:
         },
     }
     return [
-        ("grpc.service_config", json.dumps({"methodConfig": [policy]})),
+        ("grpc.service_config", json.dumps({"methodConfig": [policy], "retryThrottling": _THROTTLING})),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),  # larger requests than this are never retried

@@ -1,5 +1,6 @@
 """What a failed call says: its status, one line, and the field at fault."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import grpc
@@ -8,13 +9,24 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 
 class ClientError(Exception):
-    """A call that failed: its gRPC status `code`, a one-line `message`, and the request `field` at fault, if any."""
+    """A call that failed: its gRPC status `code`, a one-line `message`, and the request `field` at fault, if any.
 
-    def __init__(self, code: grpc.StatusCode, message: str, field: str | None = None) -> None:
+    `retry_delay_seconds` is how long to wait before it is tried again, where the daemon says so.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        field: str | None = None,
+        *,
+        retry_delay_seconds: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.field = field
+        self.retry_delay_seconds = retry_delay_seconds
 
     @classmethod
     def of(cls, error: grpc.RpcError, address: str) -> "ClientError":
@@ -26,7 +38,25 @@ class ClientError(Exception):
             cause = message.rsplit(": ", 1)[-1]
             message = f"no daemon answers at {address} ({cause}); start one with: backboned serve"
         status = trailers.get("grpc-status-details-bin", b"")
-        return cls(call.code(), message, violated_field(status) if isinstance(status, bytes) else None)
+        field = violated_field(status) if isinstance(status, bytes) else None
+        return cls(call.code(), message, field, retry_delay_seconds=_delay(trailers))
+
+
+def full_for_seconds(error: Exception) -> float | None:
+    """After how long a call that was refused for want of room should be tried again; None for any other error."""
+    if isinstance(error, ClientError):
+        code, delay = error.code, error.retry_delay_seconds
+    elif isinstance(error, grpc.RpcError):
+        call = cast(grpc.Call, error)
+        code, delay = call.code(), _delay(dict(call.trailing_metadata() or ()))
+    else:
+        return None
+    return delay if code is grpc.StatusCode.RESOURCE_EXHAUSTED else None
+
+
+def _delay(trailers: Mapping[str, str | bytes]) -> float | None:
+    told = trailers.get("grpc-retry-pushback-ms", "")
+    return int(told) / 1000 if isinstance(told, str) and told.isdecimal() else None
 
 
 def violated_field(status: bytes) -> str | None:

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
@@ -25,11 +25,13 @@ from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
 from backboned._client_questions import to_one, to_outcomes, to_policy, to_report, to_several
 from backboned._client_status import ClientError
+from backboned._client_throttle import Throttle, for_model
+from backboned._client_training import TrainingOptions
 from backboned._client_uploads import upload
 from backboned.v1 import model_service_pb2 as pb
 from backboned.v1.model_service_pb2_grpc import ModelServiceStub
 
-__all__ = ["DEFAULT_ADDRESS", "FINAL_STATES", "Client", "ClientError", "TrainingOptions"]
+__all__ = ["DEFAULT_ADDRESS", "FINAL_STATES", "Client", "ClientError", "Throttle", "TrainingOptions"]
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -38,33 +40,13 @@ FINAL_STATES = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_ST
 _Reply = TypeVar("_Reply")
 
 
-class TrainingOptions(TypedDict, total=False):
-    """The fields of `backboned.v1.TrainingOptions`, which says what each means; an absent one takes its default."""
-
-    task: str
-    trainable_stages: Sequence[str]
-    max_epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    patience: int
-    validation_fraction: float
-    seed: int
-    views: int
-    warm_start_version: int
-    test_fraction: float
-    label_smoothing: float
-    ema_decay: float
-    max_gradient_norm: float
-
-
 class Client:
     """A connection to the daemon at `address` (`host:port`), made when it is first used.
 
     `timeout_seconds` bounds each call, its retries included; streams have no deadline. `max_message_bytes` bounds a
     message in either direction and should not be above the daemon's own limit. Calls that are safe to repeat are
-    retried, a few times within about a second, while the daemon is unavailable or full. `actor` is who
-    changes models by it, for the history.
+    retried, a few times within about a second, while the daemon is unavailable or full; while it refuses most Predict
+    calls, most are refused here at once (see `Throttle`). `actor` is who changes models by it, for the history.
     """
 
     def __init__(
@@ -81,6 +63,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=channel_options(max_message_bytes))
         self._stub = ModelServiceStub(self._channel)
         self._metadata = [("backboned-actor", actor)] if actor else []
+        self._throttle = Throttle()
 
     def __enter__(self) -> Self:
         return self
@@ -354,11 +337,13 @@ class Client:
     ) -> pb.PredictResponse:
         request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
         request.labels.extend(labels)
-        return self._call(self._stub.Predict, request)
+        model = request.models[0].model if request.models else request.model  # the one that the call is counted for
+        with self._throttle.call(model):
+            return self._call(self._stub.Predict, request, for_model(model))
 
-    def _call(self, method: Callable[..., _Reply], request: object) -> _Reply:
+    def _call(self, method: Callable[..., _Reply], request: object, metadata: Sequence[tuple[str, str]] = ()) -> _Reply:
         try:
-            return method(request, timeout=self._timeout_seconds, metadata=self._metadata)
+            return method(request, timeout=self._timeout_seconds, metadata=[*self._metadata, *metadata])
         except grpc.RpcError as error:
             raise ClientError.of(error, self.address) from None
 

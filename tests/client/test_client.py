@@ -26,6 +26,7 @@ def answered(name: str) -> Any:
 
     async def call(service: "Service", request: Any, context: Any) -> Any:
         service.requests.append(request)
+        service.metadata = dict(context.invocation_metadata())
         reply = service.replies[name](request)
         if isinstance(reply, grpc.StatusCode):
             await context.abort(reply)
@@ -35,7 +36,7 @@ def answered(name: str) -> Any:
 
 
 class Service(ModelServiceServicer):
-    """Answers from `replies`, a function a method, and keeps every request."""
+    """Answers from `replies`, a function a method, and keeps every request, and the last call's metadata."""
 
     FineTune = answered("FineTune")
     GetJob = answered("GetJob")
@@ -48,6 +49,7 @@ class Service(ModelServiceServicer):
     def __init__(self) -> None:
         self.replies: dict[str, Callable[[Any], Any]] = {}
         self.requests: list[Any] = []
+        self.metadata: dict[str, str | bytes] = {}
 
     async def PredictStream(self, requests: AsyncIterator[Any], _: Any) -> AsyncIterator[Any]:  # noqa: N802
         async for request in requests:
@@ -278,6 +280,41 @@ def test_an_error_has_its_code_its_message_and_the_field_at_fault(service: Servi
     error = caught.value
     assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "images[2]")
     assert error.message == str(error) == "images[2] is no image"
+
+
+def full(_: Any) -> None:
+    raise BackbonedError(ErrorKind.RESOURCE_EXHAUSTED, "the queue is full", retry_delay_seconds=0.001)
+
+
+def test_an_error_says_when_to_try_again(service: Service, client: Client) -> None:
+    service.replies["Predict"] = full
+    with pytest.raises(ClientError, match="the queue is full") as caught:
+        client.predict("m", [b"x"])
+    assert caught.value.retry_delay_seconds == 0.001
+    assert len(service.requests) == 5
+
+
+def test_calls_that_a_full_daemon_refuses_are_soon_neither_repeated_nor_sent(service: Service, client: Client) -> None:
+    service.replies["Predict"] = full
+    for _ in range(700):
+        with pytest.raises(ClientError) as caught:
+            client.predict("m", [b"x"])
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED and caught.value.retry_delay_seconds == 0.001
+    assert len(service.requests) < 1300  # each might have been sent five times
+    assert "not sent" in caught.value.message
+    service.replies["Predict"] = answer
+    assert client.predict("others", [b"x"]).model == "others"
+
+
+def test_predict_tells_in_its_metadata_which_model_it_is_for(service: Service, client: Client) -> None:
+    service.replies["Predict"] = lambda request: each_answers(request) if request.models else answer(request)
+    client.predict("flowers", [b"x"])
+    assert service.metadata["backboned-model"] == "flowers"
+    client.predict_models(["pets@3", "flowers"], [b"x"])
+    assert service.metadata["backboned-model"] == "pets"
+    for name in ("", "blümchen", "a\nb"):
+        assert client.predict(name, [b"x"]).model == name
+        assert service.metadata.get("backboned-model", "") == ""
 
 
 def test_an_error_that_blames_no_field_has_none(service: Service, client: Client) -> None:

@@ -124,9 +124,19 @@ async def test_a_flood_of_one_model_with_long_deadlines_delays_no_other_ones_sho
                 answers = [await stub.Predict(one, timeout=patience) for _ in range(20)]
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.Predict(many, timeout=patience)
+                unread = [await code(calls, model, patience) for model in ("scenes", "flowers", "nobody", None)]
         finally:
             for task in flooding:
                 task.cancel()
             await asyncio.gather(*flooding, return_exceptions=True)
     assert len(answers) == 20
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert unread == ["RESOURCE_EXHAUSTED"] + ["INVALID_ARGUMENT"] * 3
+
+
+async def code(channel: grpc.aio.Channel, model: str | None, patience: float) -> str:
+    """What becomes of a Predict call whose message can't be read; its metadata names a model, or none."""
+    metadata = None if model is None else (("backboned-model", model),)
+    predict: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+    predict = channel.unary_unary("/backboned.v1.ModelService/Predict")
+    return (await predict(b"\xff", timeout=patience, metadata=metadata).code()).name

@@ -12,23 +12,24 @@ import grpc
 
 from backboned._client_status import ClientError, full_for_seconds
 
-_SENT_FOR_AN_ANSWER = 2.0
+_SENT_FOR_AN_ANSWER = 1.5
 _SENT_A_SECOND = 5.0
-"""Whatever becomes of them: who asks now and then is told by the daemon itself."""
+"""Besides; this grows with each second in which nothing is refused, so that calls don't come back all at once."""
+_GROWTH = 4.0
+_MINDED_SECONDS = 5.0
+"""How long a refusal is: after that all is sent."""
 _MOST_AT_ONCE = 500.0
 """More than the answers of a few batches, which come all at once, allow."""
-_MINDED_SECONDS = 2.0
-"""How long a refusal is: after that all is sent again."""
 _MAX_MODELS = 1024
 
 
 class Throttle:
     """Refuses by itself what an overloaded daemon would refuse, which costs both sides what answers could be had for.
 
-    While calls for a model are refused for want of room, twice as many are sent as are answered, and five a second
-    more. The others raise `ClientError` at once, with `RESOURCE_EXHAUSTED` and the delay that the daemon told last. See
-    "adaptive throttling" in Beyer et al., "Site Reliability Engineering" (2016), chapter 21; here it is by tokens, not
-    by chance.
+    While calls for a model are refused for want of room, half as many again are sent as are answered, and five a second
+    besides. The others raise `ClientError` at once, with `RESOURCE_EXHAUSTED` and the delay that the daemon told last.
+    See "adaptive throttling" in Beyer et al., "Site Reliability Engineering" (2016), chapter 21; here it is by tokens,
+    not by chance.
 
     `Client` has one. With stubs, of gRPC's asyncio too:
 
@@ -88,7 +89,8 @@ class _Budget:
     delay_seconds: float = 0.0
 
     def pass_time(self, now: float) -> None:
-        self.earn(_SENT_A_SECOND * (now - self.now))
+        unrefused = min(now - self.refused_at, _MINDED_SECONDS)
+        self.earn(_SENT_A_SECOND * _GROWTH**unrefused * (now - self.now))
         self.now = now
 
     def earn(self, tokens: float) -> None:

@@ -222,12 +222,14 @@ class ModelServiceServicer(object):
     def Predict(self, request, context):
         """Classifies images, by one model or by several. All images of a request are answered by one version of each model.
         At most 256 images and 64 models; each image at most `--max-image-pixels` (default 100 million) pixels. What is
-        wrong with one model is wrong with the request: either all of them answer, or none.
+        wrong with one model is wrong with the request: either all of them answer, or none. The metadata `backboned-model`
+        may name the model, or the first of several, so that under load a call can be refused before its message is read.
 
         NOT_FOUND            unknown model, version or alias; the message has the nearest names
         INVALID_ARGUMENT     no image, an image that can't be read (named by its index), `top_k` or `labels` out of
         range, `model` and `models` together, too many models, or an unknown `embedding_stage`
-        RESOURCE_EXHAUSTED   the queue is full; RetryInfo and `grpc-retry-pushback-ms` say when to try again
+        RESOURCE_EXHAUSTED   the queue is full, or too long for the deadline; RetryInfo and `grpc-retry-pushback-ms`
+        say when to try again
         UNAVAILABLE          the version exists but isn't loaded yet; try again
         FAILED_PRECONDITION  the version is quarantined; the message says why
         """

@@ -1,5 +1,6 @@
 """Parts `overload` and `warm`: far too many requests, and a start on what an earlier one has compiled."""
 
+import math
 import statistics
 import threading
 import time
@@ -37,16 +38,20 @@ class _Peak:
 
 def overload(bench: Bench, backbone: str) -> None:
     """20 times more requests than are answered at best: from callers as the Python client is, and from any others."""
-    models = bench.maker(backbone).heads(1)
+    both = bench.maker(backbone).heads(2)
+    flooding, other = sorted(both)
+    models = {flooding: both[flooding]}
     seconds = 3.0 if bench.settings.quick else 30.0
-    with bench.daemon(f"{backbone}-overload", backbone, models) as daemon:
+    with bench.daemon(f"{backbone}-overload", backbone, both) as daemon:
         best = [bench.load(daemon, backbone, models, callers=32) for _ in range(bench.settings.rounds)]
         rate = TIMES * median(best, "images_per_second")
         found = {}
         for group, throttled in (("Python client", True), ("any callers", False)):
             before = resident_bytes(daemon.pid)
             with _Peak(daemon) as peak:
-                flooded = bench.load(daemon, backbone, models, rate=rate, seconds=seconds, throttled=throttled)
+                flooded = bench.load(
+                    daemon, backbone, models, rate=rate, seconds=seconds, throttled=throttled, beside=[other]
+                )
             found[group] = {**flooded, "memory_bytes": {"before": before, "peak": peak.bytes}}
             _tell_overload(bench, f"{backbone}, overload, {group}", median(best, "images_per_second"), found[group])
         after = bench.load(daemon, backbone, models, callers=32)
@@ -93,6 +98,10 @@ def _tell_overload(bench: Bench, group: str, best: float, flooded: dict[str, Any
         add(group, "refused, latest", refused["max"], "ms", wanted="< 50", note=note)
     others = sum(count for code, count in codes.items() if code not in ("OK", "RESOURCE_EXHAUSTED"))
     add(group, "other status codes", others, "calls", wanted="0", note=str(codes))
+    answered = flooded["beside_ms"].get("OK", {"p50": math.nan, "max": math.nan})
+    codes = {code: found["count"] for code, found in flooded["beside_ms"].items()}
+    note = f"at most {answered['max']:.0f} ms; {codes}"
+    add(group, "another model's caller, p50", answered["p50"], "ms", wanted="all answered", note=note)
     add(group, "memory, peak", memory["peak"] / 1e6, "MB", note=f"{memory['before'] / 1e6:.0f} MB before")
 
 

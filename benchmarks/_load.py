@@ -33,6 +33,8 @@ _SAMPLES = 12
 _Predict = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
 _OPEN_CONNECTIONS = 32
 _MAX_BURST = 64
+_NEIGHBOURS_PAUSE, _NEIGHBOURS_PATIENCE = 0.1, 2.0
+"""Seconds: of a caller of another model than all others ask, on one of their connections."""
 
 
 @dataclass
@@ -93,7 +95,9 @@ class Requests:
             yield model, photo, name + image
 
 
-async def closed_loop(channels: Sequence[grpc.aio.Channel], requests: Requests, tally: Tally, pause: float) -> None:
+async def closed_loop(
+    channels: Sequence[grpc.aio.Channel], requests: Requests, tally: Tally, pause: float, patience: float | None = None
+) -> None:
     """One caller a channel: each sends its next request when the last one is answered, or `pause` seconds later."""
     turns = iter(requests)
 
@@ -103,7 +107,7 @@ async def closed_loop(channels: Sequence[grpc.aio.Channel], requests: Requests, 
             model, photo, request = next(turns)
             sent = time.monotonic()
             try:
-                tally.answer(sent, model, photo, await predict(request))
+                tally.answer(sent, model, photo, await predict(request, timeout=patience))
             except grpc.aio.AioRpcError as error:
                 tally.refusal(sent, error)
                 await asyncio.sleep(0.01)
@@ -155,7 +159,10 @@ async def open_loop(
 
 
 async def measure(photos: Sequence[bytes], question: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a daemon as `question` says, and tell what happened after the warm-up."""
+    """Load a daemon as `question` says, and tell what happened after the warm-up.
+
+    Each model in `beside` has one caller with a deadline that is near.
+    """
     begin = time.monotonic() + question["warm_up"]
     tally = Tally(begin, begin + question["seconds"], answers=[] if question["all"] else None)
     requests = Requests(question["models"], photos, question["images"])
@@ -165,13 +172,18 @@ async def measure(photos: Sequence[bytes], question: Mapping[str, Any]) -> dict[
         for _ in range(_OPEN_CONNECTIONS if rate else question["callers"])
     ]
     watching = asyncio.create_task(_cpu(tally, question["pid"]))
+    beside, asked = Tally(tally.begin, tally.end), Requests(question["beside"], photos, 1)
+    neighbours = [channels[0] for _ in question["beside"]]
+    waiting = asyncio.create_task(closed_loop(neighbours, asked, beside, _NEIGHBOURS_PAUSE, _NEIGHBOURS_PATIENCE))
     try:
         if rate:
             sent = await open_loop(channels, requests, tally, rate, throttled=question["throttled"])
         else:
             await closed_loop(channels, requests, tally, question["pause"])
             sent = sum(map(len, tally.latencies.values()))
-        return _told(tally, question["seconds"], question["images"]) | {"sent": sent} | await watching
+        await waiting
+        told = _told(tally, question["seconds"], question["images"])
+        return told | {"sent": sent, "beside_ms": _by_code(beside)} | await watching
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
 
@@ -189,7 +201,7 @@ def _told(tally: Tally, seconds: float, images: int) -> dict[str, Any]:
         "seconds": seconds,
         "images_per_second": images * len(tally.latencies.get("OK", ())) / seconds,
         "codes": dict(Counter({code: len(found) for code, found in tally.latencies.items()})),
-        "latency_ms": {code: _percentiles(found) for code, found in tally.latencies.items()},
+        "latency_ms": _by_code(tally),
         "refused_without_delay": tally.without_delay,
         "not_sent": tally.not_sent,
         "latencies": tally.latencies.get("OK", []) if tally.answers is not None else [],
@@ -198,10 +210,15 @@ def _told(tally: Tally, seconds: float, images: int) -> dict[str, Any]:
     }
 
 
+def _by_code(tally: Tally) -> dict[str, dict[str, float]]:
+    return {code: _percentiles(found) for code, found in tally.latencies.items()}
+
+
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    return {name: 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in shares.items()}
+    found = {name: 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in shares.items()}
+    return found | {"count": len(ordered)}
 
 
 def main() -> None:

@@ -131,8 +131,8 @@ class Bench:
 
     def _ask(self, address: str, pid: int, models: Sequence[str], question: Mapping[str, Any]) -> dict[str, Any]:
         seconds = self.settings.seconds
-        told = {"seconds": seconds, "warm_up": min(1.5, seconds), "callers": 1, "pause": 0, "rate": 0, "images": 1}
-        told |= {"all": False, "throttled": False, "beside": []}
+        told: dict[str, Any] = {"seconds": seconds, "warm_up": min(1.5, seconds), "callers": 1, "pause": 0}
+        told |= {"rate": 0, "images": 1, "all": False, "throttled": False, "beside": []}
         return self._callers.ask(address=address, pid=pid, models=models, **{**told, **question})
 
     def environment(self) -> dict[str, Any]:

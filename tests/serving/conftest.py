@@ -1,6 +1,7 @@
 """What tests of the serving room share: small models in memory, and a telemetry that remembers."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from backboned.server.compute.stages import StageStore
 from backboned.server.database import open_database
 from backboned.server.serving.snapshot import LoadedModel
 from backboned.server.troubles import Troubles
+from tests.serving.desk import Desk, World, make_desk, open_world
 from tests.serving.rooms import Room, StartLoader, loaders, open_room
 
 
@@ -185,3 +187,33 @@ def room(tmp_path: Path, photo: bytes, troubles: Troubles) -> Iterator[Room]:
     """A loader, and what answers by it, on an empty directory."""
     with open_room(tmp_path, photo, troubles) as room:
         yield room
+
+
+@pytest.fixture(scope="package")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, digits: Backbone, make_network: Callable[..., nn.Module]
+) -> Iterator[World]:
+    with open_world(tmp_path_factory.mktemp("world"), digits, make_network) as world:
+        yield world
+
+
+@pytest.fixture
+async def desk_with(world: World, telemetry: Telemetry) -> AsyncIterator[Callable[..., Desk]]:
+    """Makes desks with these limits; their engine isn't started yet."""
+    made: list[Desk] = []
+
+    def make(**limits: int) -> Desk:
+        made.append(make_desk(world, telemetry, **limits))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        await asyncio.to_thread(desk.engine.stop)
+
+
+@pytest.fixture
+def desk(desk_with: Callable[..., Desk]) -> Desk:
+    """A desk that is open."""
+    desk = desk_with()
+    desk.engine.start()
+    return desk

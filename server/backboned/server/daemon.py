@@ -28,6 +28,7 @@ from backboned.server.api.frontends import Frontends, frontends_for
 from backboned.server.api.handover import Answering
 from backboned.server.api.server import GrpcServer
 from backboned.server.api.service import ModelService, Rooms
+from backboned.server.collecting import collect_when_idle
 from backboned.server.compute.artefacts import ArtefactStore
 from backboned.server.compute.compiler import StageCompiler
 from backboned.server.compute.device import Device, usable_cores
@@ -290,7 +291,9 @@ async def _serve(config: Config) -> None:
             stack.callback(config.ready_file.unlink, missing_ok=True)
         sys.stdout.write(f"backboned is ready: gRPC on {addresses['grpc']}, HTTP on {addresses['http']}\n")
         sys.stdout.flush()
+        collecting = asyncio.create_task(collect_when_idle(daemon.engine.depth))
         await told
+        collecting.cancel()
         log.info("stopping: finishing what is under way")
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,11 @@ class Requests:
         shown = [pb.PredictRequest(images=[pb.Image(encoded=p)] * images).SerializeToString() for p in photos]
         self._named, self._shown = list(named.items()), list(enumerate(shown))
 
-    def __iter__(self) -> Iterator[tuple[str, int, bytes]]:
-        """The model, the number of the photo, and a message: two encoded messages after one another are their sum."""
+    def __iter__(self) -> Iterator[tuple[str, int, tuple[bytes, bytes]]]:
+        """The model, the number of the photo, and a message in two parts: one after the other they are their sum."""
         for photo, image in itertools.cycle(self._shown):
             model, name = random.choice(self._named)
-            yield model, photo, name + image
+            yield model, photo, (name, image)
 
 
 async def closed_loop(
@@ -107,7 +107,7 @@ async def closed_loop(
             model, photo, request = next(turns)
             sent = time.monotonic()
             try:
-                tally.answer(sent, model, photo, await predict(request, timeout=patience))
+                tally.answer(sent, model, photo, await predict(b"".join(request), timeout=patience))
             except grpc.aio.AioRpcError as error:
                 tally.refusal(sent, error)
                 await asyncio.sleep(0.01)
@@ -128,17 +128,26 @@ async def open_loop(
     calls: set[asyncio.Task[None]] = set()
     predicts: Iterator[_Predict] = itertools.cycle([channel.unary_unary(_METHOD) for channel in channels])
 
-    async def call(model: str, photo: int, request: bytes) -> None:
+    async def call(model: str, photo: int, request: tuple[bytes, bytes], sending: ExitStack) -> None:
+        metadata = (("backboned-model", model),) if throttled else None
         sent = time.monotonic()
         try:
-            with throttle.call(model) if throttled else nullcontext():
-                metadata = (("backboned-model", model),) if throttled else None
-                response = await next(predicts)(request, timeout=30, metadata=metadata)
+            with sending:
+                response = await next(predicts)(b"".join(request), timeout=30, metadata=metadata)
             tally.answer(sent, model, photo, response)
-        except ClientError as error:
-            tally.held_back(sent, error)
         except grpc.aio.AioRpcError as error:
             tally.refusal(sent, error)
+
+    def ask(model: str, photo: int, request: tuple[bytes, bytes]) -> None:
+        asked, sending = time.monotonic(), ExitStack()
+        try:
+            sending.enter_context(throttle.call(model) if throttled else nullcontext())
+        except ClientError as error:
+            tally.held_back(asked, error)
+            return
+        task = asyncio.create_task(call(model, photo, request, sending))
+        calls.add(task)
+        task.add_done_callback(calls.discard)
 
     turns, sent = iter(requests), 0
     started = time.monotonic()
@@ -146,9 +155,7 @@ async def open_loop(
     while (now := time.monotonic()) < tally.end:
         due = min(int((now - started) * rate) - total, _MAX_BURST)
         for _ in range(due):
-            task = asyncio.create_task(call(*next(turns)))
-            calls.add(task)
-            task.add_done_callback(calls.discard)
+            ask(*next(turns))
         total += max(due, 0)
         sent += max(due, 0) if now >= tally.begin else 0
         await asyncio.sleep(0.001)

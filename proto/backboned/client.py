@@ -335,10 +335,10 @@ class Client:
     def _predict(
         self, request: pb.PredictRequest, images: Image | Iterable[Image], labels: Sequence[str]
     ) -> pb.PredictResponse:
-        request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
-        request.labels.extend(labels)
         model = request.models[0].model if request.models else request.model  # the one that the call is counted for
         with self._throttle.call(model):
+            request.images.extend(pb.Image(encoded=read(image, i)) for i, image in enumerate(several(images)))
+            request.labels.extend(labels)
             return self._call(self._stub.Predict, request, for_model(model))
 
     def _call(self, method: Callable[..., _Reply], request: object, metadata: Sequence[tuple[str, str]] = ()) -> _Reply:

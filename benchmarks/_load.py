@@ -5,6 +5,7 @@ Requests are bytes that were made beforehand and answers stay bytes, so that lit
 
 import asyncio
 import base64
+import gc
 import itertools
 import random
 import sys
@@ -170,6 +171,7 @@ async def measure(photos: Sequence[bytes], question: Mapping[str, Any]) -> dict[
 
     Each model in `beside` has one caller with a deadline that is near.
     """
+    gc.collect()
     begin = time.monotonic() + question["warm_up"]
     tally = Tally(begin, begin + question["seconds"], answers=[] if question["all"] else None)
     requests = Requests(question["models"], photos, question["images"])
@@ -230,6 +232,7 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     """Answer questions about the photos in a folder until there are no more."""
+    gc.disable()  # with thousands of calls under way it would stop all of them, as no caller on its own does
     photos = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
     answer_questions(lambda question: asyncio.run(measure(photos, question)))
 

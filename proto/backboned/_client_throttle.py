@@ -13,14 +13,13 @@ import grpc
 from backboned._client_status import ClientError, full_for_seconds
 
 _SENT_FOR_AN_ANSWER = 1.5
-_AVERAGED_SECONDS = 2.0
-"""Answers come by batches: what is sent for them is spread over about as long."""
 _SENT_A_SECOND = 5.0
 """Besides; this grows with each second in which nothing is refused, so that calls don't come back all at once."""
 _GROWTH = 4.0
 _MINDED_SECONDS = 5.0
 """How long a refusal is: after that all is sent."""
-_MOST_AT_ONCE = 20.0
+_MOST_AT_ONCE = 500.0
+"""More than the answers of a few batches, which come all at once, allow."""
 _MAX_MODELS = 1024
 
 
@@ -60,7 +59,7 @@ class Throttle:
                     self._of(model).refused(delay)
             raise
         with self._lock:
-            self._of(model).answered()
+            self._of(model).earn(_SENT_FOR_AN_ANSWER)
 
     def _of(self, model: str) -> "_Budget":
         now = self._clock()
@@ -86,19 +85,16 @@ class _Budget:
 
     now: float
     tokens: float = _MOST_AT_ONCE
-    answers_a_second: float = 0.0
     refused_at: float = -math.inf
     delay_seconds: float = 0.0
 
     def pass_time(self, now: float) -> None:
-        passed, self.now = now - self.now, now
         unrefused = min(now - self.refused_at, _MINDED_SECONDS)
-        rate = _SENT_FOR_AN_ANSWER * self.answers_a_second + _SENT_A_SECOND * _GROWTH**unrefused
-        self.tokens = min(self.tokens + rate * passed, _MOST_AT_ONCE)
-        self.answers_a_second *= math.exp(-passed / _AVERAGED_SECONDS)
+        self.earn(_SENT_A_SECOND * _GROWTH**unrefused * (now - self.now))
+        self.now = now
 
-    def answered(self) -> None:
-        self.answers_a_second += 1 / _AVERAGED_SECONDS
+    def earn(self, tokens: float) -> None:
+        self.tokens = min(self.tokens + tokens, _MOST_AT_ONCE)
 
     def spend(self, model: str) -> None:
         if self.tokens < 1 and self.now - self.refused_at < _MINDED_SECONDS:

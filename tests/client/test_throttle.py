@@ -69,17 +69,14 @@ def test_what_can_be_answered_is_sent(daemon: Daemon, rate: float) -> None:
 
 
 def test_where_a_quarter_is_refused_all_is_sent(daemon: Daemon) -> None:
-    daemon.calls(5, 99)
-    found = daemon.calls(60, 130)
-    assert found["not sent"] == 0 and found["answered"] == pytest.approx(60 * ANSWERS_A_SECOND, rel=0.01)
+    found = daemon.calls(60, 133)
+    assert found["not sent"] == 0 and found["answered"] == 60 * ANSWERS_A_SECOND
 
 
-def test_of_far_too_many_calls_a_few_more_are_sent_than_are_answered_and_as_many_are_answered_as_ever(
-    daemon: Daemon,
-) -> None:
+def test_of_far_too_many_calls_a_few_more_are_sent_than_are_answered_and_none_is_answered_less(daemon: Daemon) -> None:
     daemon.calls(2, 2000)
     found = daemon.calls(30, 2000)
-    assert found["answered"] == pytest.approx(30 * ANSWERS_A_SECOND, rel=0.01)
+    assert found["answered"] == 30 * ANSWERS_A_SECOND
     assert 0.3 * found["answered"] < found["refused"] < 0.7 * found["answered"]
     assert found.total() == 60_000
 
@@ -161,4 +158,4 @@ def test_threads_share_what_may_be_sent() -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert 20 <= sent["sent"] <= 28 and sent.total() == 8000
+    assert 500 <= sent["sent"] <= 508 and sent.total() == 8000

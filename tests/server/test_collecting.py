@@ -67,6 +67,19 @@ async def test_cycles_are_freed_while_little_waits_and_not_while_much_does(
             await asyncio.sleep(0.01)
 
 
+async def test_the_pause_after_a_collection_is_long_for_what_that_took(
+    queue: Queue, collecting: Callable[..., None]
+) -> None:
+    collecting(pause_seconds=0.01)
+    knot = old_knot()
+    async with asyncio.timeout(30):
+        while knot() is not None:  # noqa: ASYNC110 - a collection has no event
+            await asyncio.sleep(0.01)
+    knot = old_knot()
+    await asyncio.sleep(0.3)  # a collection takes milliseconds, and so the next one comes after seconds
+    assert knot() is not None
+
+
 async def test_where_much_always_waits_cycles_are_freed_in_the_end(
     queue: Queue, collecting: Callable[..., None]
 ) -> None:

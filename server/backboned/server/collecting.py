@@ -2,11 +2,14 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 _PAUSE_SECONDS = 30.0
 _PATIENCE_SECONDS = 600.0
+_PAUSE_FOR_WORK = 2000.0
+"""So many times as long as a collection takes is the pause after it, at least."""
 _FEW_IMAGES = 64
 _NEVER = 1_000_000
 
@@ -21,14 +24,14 @@ async def collect_when_idle(
     """
     before = gc.get_threshold()
     gc.set_threshold(*before[:2], _NEVER)
-    skipped = 0
+    pause, since = pause_seconds, time.monotonic()
     try:
         while True:
-            await asyncio.sleep(pause_seconds)
-            if waiting() < _FEW_IMAGES or skipped * pause_seconds >= patience_seconds:
+            await asyncio.sleep(pause)
+            began = time.monotonic()
+            if waiting() < _FEW_IMAGES or began - since >= patience_seconds:
                 gc.collect()
-                skipped = 0
-            else:
-                skipped += 1
+                since = time.monotonic()
+                pause = max(pause_seconds, _PAUSE_FOR_WORK * (since - began))
     finally:
         gc.set_threshold(*before)

@@ -1,10 +1,13 @@
 """What tests of several rooms share: real photos where there are some, and real daemons."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
+
+os.environ["GRPC_VERBOSITY"] = "ERROR"  # as the command has it: or a server that ends in one test writes into another's
 
 import pytest
 import torch

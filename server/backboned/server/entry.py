@@ -1,5 +1,6 @@
 """Where the `backboned` command begins: the only file of the command line that the light client install can run."""
 
+import os
 import sys
 
 
@@ -9,6 +10,7 @@ def main() -> int:
     Without the packages of the extra `server`, prints one line that names the extra and returns 2. A module of our
     own that is missing is a bug, and raises `ModuleNotFoundError`.
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or gRPC tells of every connection that a server ends
     try:
         from backboned.server.commands import main as run_command_line
 

@@ -12,7 +12,7 @@ import grpc
 
 from backboned._client_status import ClientError, full_for_seconds
 
-_SENT_FOR_AN_ANSWER = 1.5
+_SENT_FOR_AN_ANSWER = 1.25
 _SENT_A_SECOND = 5.0
 """Besides; this grows with each second in which nothing is refused, so that calls don't come back all at once."""
 _GROWTH = 4.0
@@ -26,7 +26,7 @@ _MAX_MODELS = 1024
 class Throttle:
     """Refuses by itself what an overloaded daemon would refuse, which costs both sides what answers could be had for.
 
-    While calls for a model are refused for want of room, half as many again are sent as are answered, and five a second
+    While calls for a model are refused for want of room, a quarter more are sent than are answered, and five a second
     besides. The others raise `ClientError` at once, with `RESOURCE_EXHAUSTED` and the delay that the daemon told last.
     See "adaptive throttling" in Beyer et al., "Site Reliability Engineering" (2016), chapter 21; here it is by tokens,
     not by chance.

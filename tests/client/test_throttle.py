@@ -68,8 +68,8 @@ def test_what_can_be_answered_is_sent(daemon: Daemon, rate: float) -> None:
     assert daemon.calls(60, rate) == {"answered": 60 * rate}
 
 
-def test_where_a_quarter_is_refused_all_is_sent(daemon: Daemon) -> None:
-    found = daemon.calls(60, 133)
+def test_where_few_are_refused_all_is_sent(daemon: Daemon) -> None:
+    found = daemon.calls(60, 120)
     assert found["not sent"] == 0 and found["answered"] == 60 * ANSWERS_A_SECOND
 
 
@@ -77,7 +77,7 @@ def test_of_far_too_many_calls_a_few_more_are_sent_than_are_answered_and_none_is
     daemon.calls(2, 2000)
     found = daemon.calls(30, 2000)
     assert found["answered"] == 30 * ANSWERS_A_SECOND
-    assert 0.3 * found["answered"] < found["refused"] < 0.7 * found["answered"]
+    assert 0.2 * found["answered"] < found["refused"] < 0.4 * found["answered"]
     assert found.total() == 60_000
 
 

@@ -70,13 +70,13 @@ def test_what_can_be_answered_is_sent(daemon: Daemon, rate: float) -> None:
 
 def test_where_few_are_refused_all_is_sent(daemon: Daemon) -> None:
     found = daemon.calls(60, 120)
-    assert found["not sent"] == 0 and found["answered"] == 60 * ANSWERS_A_SECOND
+    assert found["not sent"] == 0 and found["answered"] == pytest.approx(60 * ANSWERS_A_SECOND, rel=0.01)
 
 
 def test_of_far_too_many_calls_a_few_more_are_sent_than_are_answered_and_none_is_answered_less(daemon: Daemon) -> None:
     daemon.calls(2, 2000)
     found = daemon.calls(30, 2000)
-    assert found["answered"] == 30 * ANSWERS_A_SECOND
+    assert found["answered"] == pytest.approx(30 * ANSWERS_A_SECOND, rel=0.01)
     assert 0.2 * found["answered"] < found["refused"] < 0.4 * found["answered"]
     assert found.total() == 60_000
 

@@ -51,8 +51,8 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHand
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what a handler raises into a status with details. Handlers raise `BackbonedError` and never abort.
 
-    `checks` are made, by method, of the context of each call before its message is read: a third of the work with a
-    call that is refused under load. For methods with one message each way.
+    `checks` are made, by method, of the context of each call before its message is read, which a call that is refused
+    under load then isn't. For methods with one message each way.
     """
 
     def __init__(self, checks: Mapping[str, Check] | None = None) -> None:

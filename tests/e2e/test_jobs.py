@@ -62,7 +62,12 @@ def test_a_running_and_a_waiting_job_are_cancelled(
 
 
 def test_a_trainer_that_is_killed_is_followed_by_another_one(
-    served: LocalDaemon, client: Client, train_long: TrainLong, photo: bytes, trainer_of: Callable[[int], int | None]
+    served: LocalDaemon,
+    client: Client,
+    train_long: TrainLong,
+    photo: bytes,
+    trainer_of: Callable[[int], int | None],
+    wait_for: Callable[[Callable[[], object]], None],
 ) -> None:
     before = client.predict("flowers", photo).predictions[0].classes
     job = train_long(client, "killed")
@@ -77,4 +82,4 @@ def test_a_trainer_that_is_killed_is_followed_by_another_one(
     assert client.cancel_job(job.id).state == pb.JOB_STATE_CANCELLED
     epochs = [e.checkpoint.epoch for e in client.watch(job.id) if e.HasField("checkpoint")]
     assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) >= 2
-    assert {c.epoch for c in client.list_checkpoints(model="killed")} == set(epochs)
+    wait_for(lambda: {c.epoch for c in client.list_checkpoints(model="killed")} == set(epochs))

@@ -16,6 +16,8 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
@@ -25,6 +27,7 @@ from backboned._client_channel import channel_options
 from backboned._client_images import Image, batches, read, several
 from backboned._client_questions import to_one, to_outcomes, to_policy, to_report, to_several
 from backboned._client_status import ClientError
+from backboned._client_streams import answers
 from backboned._client_throttle import Throttle, for_model
 from backboned._client_training import TrainingOptions
 from backboned._client_uploads import upload
@@ -151,13 +154,10 @@ class Client:
                 failures.append(error)
                 raise
 
-        call = self._stub.PredictStream(requests())
         try:
-            yield from call
+            yield from answers(lambda: self._stub.PredictStream(requests()))
         except grpc.RpcError as error:
             raise (failures[0] if failures else ClientError.of(error, self.address)) from None
-        finally:
-            call.cancel()
 
     def fine_tune(
         self,
@@ -194,13 +194,14 @@ class Client:
         """
         give_up_at = 0.0
         while True:
-            call = self._stub.WatchJob(pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence))
+            request = pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence)
             try:
-                for event in call:
-                    yield event
-                    if event.state in FINAL_STATES:
-                        return
-                    after_sequence, give_up_at = event.sequence, 0.0
+                with closing(answers(partial(self._stub.WatchJob, request))) as events:
+                    for event in events:
+                        yield event
+                        if event.state in FINAL_STATES:
+                            return
+                        after_sequence, give_up_at = event.sequence, 0.0
                 if self.get_job(job_id).state in FINAL_STATES:
                     return
             except grpc.RpcError as error:
@@ -209,8 +210,6 @@ class Client:
                 give_up_at = give_up_at or time.monotonic() + reconnect_seconds
                 if not lost or not after_sequence or time.monotonic() > give_up_at:
                     raise failure from None
-            finally:
-                call.cancel()
             time.sleep(0.2)
 
     def wait(self, job_id: str, *, reconnect_seconds: float = 60.0) -> pb.Job:

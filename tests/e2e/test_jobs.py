@@ -61,7 +61,7 @@ def test_a_running_and_a_waiting_job_are_cancelled(
         assert Path(checkpoint.uri.removeprefix("file://")).is_file()
 
 
-def test_a_trainer_that_is_killed_is_followed_by_another_one(
+def test_a_trainer_that_is_killed_is_followed_by_another_one(  # noqa: PLR0917 - fixtures
     served: LocalDaemon,
     client: Client,
     train_long: TrainLong,

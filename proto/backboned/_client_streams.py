@@ -1,7 +1,7 @@
 """Streams of answers, in which Ctrl-C may strike at any moment."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ _END = object()
 _WAIT_SECONDS = 0.5  # on Windows a wait ends before a signal is heard
 
 
-def answers(start: Callable[[], Any]) -> Iterator[Any]:
+def answers(start: Callable[[], Any]) -> Generator[Any, None, None]:
     """The answers of the call that `start` makes, each asked for when it is wanted; cancels the call when closed.
 
     In the main thread, in which signals strike, gRPC is left to a thread of its own: a `KeyboardInterrupt` inside gRPC

@@ -4,10 +4,12 @@ import itertools
 import random
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -114,16 +116,16 @@ class Interrupt(BaseException):
 
 
 @pytest.fixture
-def interrupted() -> Iterator[Callable[[Callable[[], object], float], None]]:
-    """Does something until a signal strikes after some seconds."""
+def interrupted() -> Iterator[Callable[[Iterator[Any], float], None]]:
+    """Reads a stream until a signal strikes after some seconds."""
 
     def strike(*_: object) -> None:
         raise Interrupt
 
-    def run(work: Callable[[], object], seconds: float) -> None:
+    def run(stream: Iterator[Any], seconds: float) -> None:
         with suppress(Interrupt):
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            work()
+            deque(stream, 0)
             pytest.fail("it ended by itself")
 
     before = signal.signal(signal.SIGALRM, strike)
@@ -133,19 +135,21 @@ def interrupted() -> Iterator[Callable[[Callable[[], object], float], None]]:
 
 
 def test_a_client_answers_on_after_streams_that_were_interrupted_at_any_moment(
-    service: Service, server: RunningServer, interrupted: Callable[[Callable[[], object], float], None]
+    service: Service, server: RunningServer, interrupted: Callable[[Iterator[Any], float], None]
 ) -> None:
     service.replies["Predict"] = answer
     service.replies["WatchJob"] = lambda _: (pb.JobEvent(sequence=i, log="on") for i in itertools.count(1))
     service.replies["GetJob"] = lambda request: pb.Job(id=request.job_id)
     chance = random.Random(0)
     client = Client(server.address, timeout_seconds=10)
-    streams = (lambda: client.watch("j"), lambda: client.predict_stream("m", itertools.repeat(b"x"), batch_size=1))
-    for stream in streams * 30:
-        interrupted(lambda stream=stream: sum(1 for _ in stream()), chance.uniform(0.001, 0.03))
-        asked: Future[pb.Job] = Future()
-        threading.Thread(target=lambda asked=asked: asked.set_result(client.get_job("j")), daemon=True).start()
-        assert asked.result(timeout=10).id == "j"  # gRPC's locks are all let go of
+    asked: SimpleQueue[pb.Job] = SimpleQueue()
+    for i in range(60):
+        stream: Iterator[Any] = client.predict_stream("m", itertools.repeat(b"x"), batch_size=1)
+        if i % 2:
+            stream = client.watch("j")
+        interrupted(stream, chance.uniform(0.001, 0.03))
+        threading.Thread(target=lambda: asked.put(client.get_job("j")), daemon=True).start()
+        assert asked.get(timeout=10).id == "j"  # gRPC's locks are all let go of
     client.close()
 
 
@@ -162,7 +166,7 @@ def test_a_stream_that_is_left_is_cancelled(service: Service, client: Client) ->
     service.replies["WatchJob"] = events
     watch = client.watch("j")
     assert [next(watch).sequence for _ in range(3)] == [1, 2, 3]
-    watch.close()
+    del watch
     assert gone.wait(10)
 
 

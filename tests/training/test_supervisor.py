@@ -32,8 +32,15 @@ from backboned.server.training.supervisor import JobSupervisor
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ENDLESS: dict[str, Any] = {"max_epochs": 10_000, "patience": 0, "views": 1}
-QUICK: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.01}
-"""One candidate only: epochs take no time."""
+EPOCHS = 200
+LONG: dict[str, Any] = {
+    "max_epochs": EPOCHS,
+    "patience": 0,
+    "views": 1,
+    "learning_rate": 0.01,
+    "weight_decay": 0.01,
+}
+"""One candidate only, whose epochs take a hundredth of a second: so many that all is not over before it is looked at."""
 
 
 class Telemetry:
@@ -183,20 +190,20 @@ async def test_a_job_runs_and_everyone_sees_every_event(daemon: Daemon) -> None:
 
 async def test_a_killed_trainer_is_followed_by_another_one_that_goes_on(daemon: Daemon) -> None:
     async with daemon.run() as supervisor:
-        job = await submit(supervisor, max_epochs=25, patience=0, views=1, **QUICK)
+        job = await submit(supervisor, **LONG)
         await watch_until(supervisor, job, CheckpointWritten, count=2)
         os.kill(_trainer_pid(), signal.SIGKILL)
         events = await watch_all(supervisor, job)
     assert events[-1].payload == StateChanged(JobState.SUCCEEDED)
     assert [e.sequence for e in events] == list(range(1, len(events) + 1))
     for kind in (EpochDone, CheckpointWritten):
-        assert [e.payload.epoch for e in events if isinstance(e.payload, kind)] == list(range(1, 26))
+        assert [e.payload.epoch for e in events if isinstance(e.payload, kind)] == list(range(1, EPOCHS + 1))
     told = {e.payload.file: e.payload.sha256 for e in events if isinstance(e.payload, CheckpointWritten)}
     assert told == {e.file: e.sha256 for e in Manifest.read(daemon.directory.version("colours", 1)).epochs}
     assert [type(e.payload) for e in events].count(DatasetReport) == 2, "before and after the images were looked at"
     (line,) = [e.payload.text for e in events if isinstance(e.payload, LogLine) and "SIGKILL" in e.payload.text]
     assert line.endswith("another one goes on from where it was")
-    assert daemon.telemetry.epochs == [("colours", epoch) for epoch in range(1, 26)]
+    assert daemon.telemetry.epochs == [("colours", epoch) for epoch in range(1, EPOCHS + 1)]
     assert daemon.telemetry.images == {"computed": 12, "cache": 12}
     assert not list(daemon.work.iterdir())
 
@@ -247,7 +254,7 @@ async def test_cancelling_keeps_what_is_finished_and_removes_what_never_began(da
 
 async def test_jobs_survive_a_restart(daemon: Daemon) -> None:
     async with daemon.run() as supervisor:
-        running = await submit(supervisor, max_epochs=25, patience=0, views=1, **QUICK)
+        running = await submit(supervisor, **LONG)
         waiting = await submit(supervisor, model="waiting", max_epochs=1)
         await watch_until(supervisor, running, CheckpointWritten)
         watcher = asyncio.create_task(watch_all(supervisor, waiting))
@@ -255,7 +262,7 @@ async def test_jobs_survive_a_restart(daemon: Daemon) -> None:
         await watcher
     async with daemon.run() as supervisor:
         events = await watch_all(supervisor, running)
-        assert [e.payload.epoch for e in events if isinstance(e.payload, EpochDone)] == list(range(1, 26))
+        assert [e.payload.epoch for e in events if isinstance(e.payload, EpochDone)] == list(range(1, EPOCHS + 1))
         states = [e.payload.state for e in events if isinstance(e.payload, StateChanged)]
         assert states == [JobState.QUEUED, JobState.RUNNING, JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED]
         assert (await watch_all(supervisor, waiting, after_sequence=1))[-1].payload == StateChanged(JobState.SUCCEEDED)

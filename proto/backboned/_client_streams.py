@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 _Came: TypeAlias = SimpleQueue[tuple[Any, BaseException | None]]
 
 _END = object()
-_WAIT_SECONDS = 0.5  # on Windows a wait ends before a signal is heard
+_WAIT_SECONDS = 0.5  # on Windows a signal is heard when a wait ends
 
 
 def answers(start: Callable[[], Any]) -> Generator[Any, None, None]:
@@ -31,8 +31,8 @@ def answers(start: Callable[[], Any]) -> Generator[Any, None, None]:
     try:
         call = _next(came)
         while True:
-            wanted.put(True)
             waiting = True
+            wanted.put(True)
             answer = _next(came)
             waiting = False
             if answer is _END:

@@ -40,7 +40,7 @@ LONG: dict[str, Any] = {
     "learning_rate": 0.01,
     "weight_decay": 0.01,
 }
-"""One candidate only, whose epochs take a hundredth of a second: so many that all is not over before it is looked at."""
+"""One candidate only, with epochs of a hundredth of a second: so many that it is not over before it is looked at."""
 
 
 class Telemetry:

@@ -123,14 +123,16 @@ def interrupted() -> Iterator[Callable[[Iterator[Any], float], None]]:
         raise Interrupt
 
     def run(stream: Iterator[Any], seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         with suppress(Interrupt):
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            deque(stream, 0)
-            pytest.fail("it ended by itself")
+            try:
+                deque(stream, 0)
+                pytest.fail("it ended by itself")
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     before = signal.signal(signal.SIGALRM, strike)
     yield run
-    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 

@@ -33,13 +33,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ENDLESS: dict[str, Any] = {"max_epochs": 10_000, "patience": 0, "views": 1}
 EPOCHS = 200
-LONG: dict[str, Any] = {
-    "max_epochs": EPOCHS,
-    "patience": 0,
-    "views": 1,
-    "learning_rate": 0.01,
-    "weight_decay": 0.01,
-}
+LONG: dict[str, Any] = {**ENDLESS, "max_epochs": EPOCHS, "learning_rate": 0.01, "weight_decay": 0.01}
 """One candidate only, with epochs of a hundredth of a second: so many that it is not over before it is looked at."""
 
 
